@@ -1,0 +1,1 @@
+"""Who may run the guest: terms on stable storage, and fencing."""

@@ -1,0 +1,1 @@
+"""What makes a process a daemon: configuration, units, logs, metrics, health."""

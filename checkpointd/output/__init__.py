@@ -1,0 +1,1 @@
+"""Output held until the epoch that produced it is acknowledged."""

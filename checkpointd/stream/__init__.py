@@ -1,0 +1,1 @@
+"""The Xen migration stream: records, reader, writer, libxl framing, verification."""

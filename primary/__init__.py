@@ -1,0 +1,1 @@
+"""Primary: the engine that checkpoints a running guest."""

@@ -1,0 +1,1 @@
+"""What takes committed epochs and runs the guest from them."""

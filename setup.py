@@ -1,0 +1,11 @@
+"""What pyproject.toml has no words for: the cffi modules and the abi3 tag of the wheel."""
+
+from setuptools import setup
+
+setup(
+    cffi_modules=[
+        "checkpointd/csrc/build_native.py:ffi",
+        "checkpointd/hypervisor/embedded/csrc/build_embedded.py:ffi",
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
