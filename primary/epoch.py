@@ -1,0 +1,152 @@
+"""One epoch: prepares the native call, reads its result, and seals what was staged.
+
+Everything that the pause touches is made here once, at start: arenas, bitmaps, the mapping cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from checkpointd import native
+from checkpointd.wire.frames import Kind
+
+from .dirty import DirtySet
+
+if TYPE_CHECKING:
+    from checkpointd.native import Arena, DigestKey, Outcome
+
+# Octets of a frame that lists pfns: as large as a frame of pages, so that nothing needs a bigger limit.
+LIST_FRAME_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One bulk frame, sealed: the digest is of what was staged, taken right after the guest ran on."""
+
+    kind: Kind
+    payload: memoryview
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a pause or a live round."""
+
+    outcome: Outcome
+    left: int  # pages still pending afterwards
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome.status == 0
+
+    @property
+    def overflow(self) -> bool:
+        return self.outcome.status == native.TOO_MANY
+
+    @property
+    def guest_gone(self) -> bool:
+        return self.outcome.status in (-errno.ESHUTDOWN, -errno.EHOSTDOWN)
+
+    def describe(self) -> str:
+        text = f"{self.outcome.step} failed: {os.strerror(-self.outcome.status)}"
+        if self.outcome.resume_status:
+            text += f"; resume failed too: {os.strerror(-self.outcome.resume_status)}"
+        return text
+
+
+class EpochTaker:
+    """Owns arenas, dirty set and mapping cache of one attached domain. Used by the epoch loop's thread only."""
+
+    def __init__(
+        self,
+        table: int,
+        nr_pfns: int,
+        key: DigestKey,
+        *,
+        arenas: int,
+        arena_pages: int,
+        mapping_budget: int,
+        audit_pages: int,
+        suspend_timeout_ns: int,
+        detect_zero: bool,
+    ) -> None:
+        self._table = table
+        self._nr_pfns = nr_pfns
+        self._key = key
+        self._suspend_timeout_ns = suspend_timeout_ns
+        self._detect_zero = detect_zero
+        self.mappings = native.Mappings(table, nr_pfns, mapping_budget)
+        self.arenas = [native.Arena(arena_pages, nr_pfns, audit_pages=audit_pages) for _ in range(arenas)]
+        self.dirty = DirtySet(nr_pfns, arenas)
+        self.known: bytes | bytearray | None = None  # the secondary's page digests, during a first copy
+        self._sealed: list[list[Frame]] = [[] for _ in range(arenas)]
+        self._round_cursor = 0
+        self._audit_cursor = 0
+
+    def take(self, index: int, *, close_output: bool) -> Result:
+        """Pause the guest and stage all that is dirty into arena `index`."""
+        arena = self.arenas[index]
+        self._sealed[index] = []
+        outcome = native.pause(
+            self._table,
+            self.mappings,
+            self.dirty.pending,
+            self.dirty.carried[index],
+            arena,
+            key=self._key,
+            audit_cursor=self._audit_cursor,
+            suspend_timeout_ns=self._suspend_timeout_ns,
+            close_output=close_output,
+            detect_zero=self._detect_zero,
+        )
+        if outcome.status == 0:
+            self._audit_cursor = outcome.audit_cursor
+            self._seal(index, final=True)
+        return Result(outcome, outcome.left)
+
+    def live_round(self, index: int) -> Result:
+        """Stage what fits of what is dirty, the guest running."""
+        self._sealed[index] = []
+        outcome = native.live_round(
+            self._table,
+            self.mappings,
+            self.dirty.pending,
+            self.dirty.carried[index],
+            self.arenas[index],
+            key=self._key,
+            cursor=self._round_cursor,
+            known=self.known,
+            detect_zero=self._detect_zero,
+        )
+        if outcome.status == 0:
+            self._round_cursor = outcome.cursor
+            self._seal(index, final=False)
+        return Result(outcome, outcome.left)
+
+    def frames(self, index: int) -> list[Frame]:
+        """What lies sealed in arena `index`, in the order of its sequence numbers."""
+        return self._sealed[index]
+
+    def close(self) -> None:
+        self._sealed = []
+        for arena in self.arenas:
+            arena.close()
+        self.mappings.close()
+
+    def _seal(self, index: int, *, final: bool) -> None:
+        arena = self.arenas[index]
+        contents = [(Kind.PAGES, record) for record in arena.records]
+        contents += [(Kind.ZERO, part) for part in _slices(arena.zero_pfns)]
+        contents += [(Kind.GONE, part) for part in _slices(arena.gone_pfns)]
+        if final:
+            contents.append((Kind.CONTEXT, arena.context))
+            contents += [(Kind.AUDIT, arena.audit)] if len(arena.audit) else []
+        self._sealed[index] = [Frame(kind, view, self._key.digest(view)) for kind, view in contents]
+
+
+def _slices(view: memoryview) -> list[memoryview]:
+    octets = view.cast("B")
+    return [octets[at : at + LIST_FRAME_BYTES] for at in range(0, len(octets), LIST_FRAME_BYTES)]

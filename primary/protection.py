@@ -1,0 +1,690 @@
+"""The state machine of protection: what the engine does next, and why. Pure: no I/O, no clock.
+
+    connecting ─► syncing ─► protected ◄─► holding        (standby silent: dirt kept, output shut)
+         ▲           ▲            │            │
+         │           └────────────┼────────────┴─► unprotected   (--standby-loss run, standby proved gone)
+         └── a new standby ───────┘
+    any ─► retiring ─► over       (SIGTERM, or protection given up: the standby drops its replica first)
+    any ─► over                   (guest ended, refused by a higher term, host lost)
+
+Invariants kept here (docs/architecture.md has all ten):
+
+1. *Output commit.* `Release(n)` is given only by `Acked(final)` of the epoch that closed n, and flights are acked in
+   the order they were staged; `OpenOutput` only after the standby has retired its replica (`Retired`,
+   `ReplicaRejected`) or was proved gone (`StandbyGone`).
+3. *No lost dirt.* A flight's dirt is settled only by the ack of its epoch's final part. Whatever ends a flight
+   otherwise goes through `Abandon`, which gives all dirt back, and precedes any reuse of an arena.
+   An arena is free again only when its part is acked *and* shipped (ZeroMQ has let go of the memory).
+
+The driver (service.py) performs the instructions in order and reports back with events. At most one part is on the wire
+at a time; others wait staged, one to an arena.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+
+from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
+from checkpointd.hypervisor.port import EndReason
+
+from .pacing import Pacer
+
+
+class State(StrEnum):
+    CONNECTING = "connecting"
+    SYNCING = "syncing"
+    PROTECTED = "protected"
+    HOLDING = "holding"
+    UNPROTECTED = "unprotected"
+    RETIRING = "retiring"
+    OVER = "over"
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; `heard_ns` is when the standby was last heard (0: never)."""
+
+    heard_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Welcomed:
+    """The standby takes the session. `same_standby`: the very process that had it before, its memory intact."""
+
+    same_standby: bool
+    has_image: bool
+    last_epoch: int = 0  # the highest number the standby has seen; ours go on above it
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPages:
+    """The standby's page digests are here, or were given up: the copying may begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A part lies in its arena. `pages` counts all its entries; `left` is what is still pending (live rounds)."""
+
+    arena: int
+    pages: int
+    left: int = 0
+    closed: int | None = None  # the output epoch it closed, by a pause that did
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """The dirty set did not fit the arena: nothing was staged, the guest runs, every bit is pending."""
+
+    dirty: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailed:
+    """A hypervisor call failed; the guest runs, every bit is pending."""
+
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """Every frame of the part has left, and ZeroMQ has let go of the arena."""
+
+    epoch: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShipFailed:
+    epoch: int
+    part: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acked:
+    epoch: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """The standby says which frames of a part it has not: [first, last] sequences, None for all."""
+
+    epoch: int
+    part: int
+    ranges: tuple[tuple[int, int], ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRejected:
+    """The standby's audit found a difference: it has retired its replica and wants a full copy."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """The standby has thrown its replica away and will never activate it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyGone:
+    """Whether the standby's process is proved to be gone for good."""
+
+    proved: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestEnded:
+    reason: EndReason
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """SIGTERM or SIGINT."""
+
+
+Event = (
+    Tick | Welcomed | Refused | KnownPages | Staged | Overflow | StageFailed | Shipped | ShipFailed | Acked
+    | Lacking | ReplicaRejected | Retired | StandbyGone | GuestEnded | StopAsked
+)  # fmt: skip
+
+# ---------------------------------------------------------------- instructions
+
+
+@dataclass(frozen=True, slots=True)
+class SayHello:
+    resume: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BeginAnew:
+    """Trust no dirty log: make every page pending. Always after Abandon, or at the very start."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchKnown:
+    """Ask the standby for the digests of the pages it has; answered by KnownPages."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRound:
+    arena: int
+    epoch: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Take an epoch. `close_output` is false where the buffer cannot tell one more closed epoch apart."""
+
+    arena: int
+    epoch: int
+    part: int
+    close_output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ship:
+    arena: int
+    epoch: int
+    part: int
+    final: bool
+    ranges: tuple[tuple[int, int], ...] | None = None  # None: all of it
+
+
+@dataclass(frozen=True, slots=True)
+class AskMissing:
+    epoch: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepDirt:
+    """A live part was acked: its arena is free, but its dirt stays ours until the epoch is acked."""
+
+    arena: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """An epoch was acked: the dirt of all its parts is the standby's now, and its arena is free."""
+
+    arena: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Stop shipping, drop all that is in flight, and give all its dirt back to pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    closed: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOutput:
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SayRetire:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SayEnd:
+    reason: EndReason
+
+
+@dataclass(frozen=True, slots=True)
+class ProveStandbyGone:
+    """Answered by StandbyGone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PauseGuest:
+    """Stop the guest for good on this side: the other side runs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    exit_code: int
+    text: str
+
+
+Instruction = (
+    SayHello | BeginAnew | FetchKnown | LiveRound | Pause | Ship | AskMissing | KeepDirt | Settle | Abandon
+    | Release | OpenOutput | SayRetire | SayEnd | ProveStandbyGone | PauseGuest | Alarm | Finish
+)  # fmt: skip
+
+# ---------------------------------------------------------------- the machine
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the user decided. Times in nanoseconds."""
+
+    interval_ns: int
+    arenas: int
+    arena_pages: int
+    ram_pages: int
+    output_depth: int
+    run_without_standby: bool  # --standby-loss run
+    standby_timeout_ns: int
+    ack_timeout_ns: int
+    give_up_after_ns: int
+    max_live_rounds: int  # passes over the whole memory, in pages staged
+    # How long a standby may take to retire its replica before we leave with the output shut. It has to
+    # wait for its commit worker at most, which holds one epoch.
+    retire_timeout_ns: int = 5_000_000_000
+    # How often the missing frames of an unacked part are asked for: a lost connection shows as silence only
+    # where the frames were the last thing on it.
+    ask_every_ns: int = 500_000_000
+
+
+@dataclass(slots=True)
+class Flight:
+    arena: int
+    epoch: int
+    part: int
+    final: bool
+    closed: int | None
+    sent: bool = False  # handed to the shipper
+    shipped: bool = False
+    acked: bool = False
+    asked_ns: int = 0  # when it was last sent or asked for
+    first_sent_ns: int = 0
+
+
+class Protection:
+    """See the module's docstring. Drive it with handle(); read `state`, `deadline()`, `reason`."""
+
+    def __init__(self, policy: Policy, first_epoch: int, now: int, *, output_shut: bool = False) -> None:
+        """`output_shut`: an engine before us left the guest's output shut."""
+        self.policy = policy
+        self.state = State.CONNECTING
+        self.reason = "waiting for the secondary"
+        self.epoch = first_epoch  # the epoch in the making
+        self.part = 0
+        self.acked_epoch: int | None = None
+        self.output_shut = output_shut
+        self.pacer = Pacer(policy.interval_ns, now)
+        self.live_pages = 0  # staged by live rounds for the epoch in the making
+        self._live = True  # copying while the guest runs, until the dirty set fits an arena
+        self._copying = False  # the standby has said what it has; parts may be staged
+        self._flights: deque[Flight] = deque()
+        self._free = list(range(policy.arenas))
+        self._standby_up = False
+        self._progress_ns = now
+        self._not_before = now  # of a live round, after one that failed
+        self._hello_ns = now
+        self._ended: EndReason | None = None
+        # Of the state retiring: the word that waits for its answer, until when, and how the process ends then.
+        self._last_word: SayRetire | SayEnd | None = None
+        self._retire_deadline = 0
+        self._exit: tuple[int, str] = (0, "")
+
+    # ------------------------------------------------------------ what the driver reads
+
+    @property
+    def in_flight(self) -> int:
+        """Parts staged and not yet acked."""
+        return len(self._flights)
+
+    def deadline(self) -> int | None:
+        """When (ns, the driver's clock) the next Tick is wanted at the latest."""
+        if self.state is State.RETIRING:
+            return self._retire_deadline
+        if self._may_stage():
+            return self._not_before if self._live else self.pacer.next_start
+        return None
+
+    # ------------------------------------------------------------ events
+
+    def handle(self, event: Event, now: int) -> list[Instruction]:
+        if self.state is State.OVER:
+            return []
+        out: list[Instruction] = []
+        match event:
+            case Tick():
+                self._tick(event, now, out)
+            case Welcomed():
+                self._welcomed(event, now, out)
+            case Refused():
+                self._refused(event, out)
+            case KnownPages():
+                self._copying = self.state is State.SYNCING
+            case Staged():
+                self._staged(event, now)
+            case Overflow():
+                self._overflow(event, now, out)
+            case StageFailed():
+                out.append(Alarm(f"epoch {self.epoch}: {event.where}; every dirty page is kept"))
+                self.pacer.failed(now)
+                self._not_before = self.pacer.next_start
+            case Shipped():
+                self._shipped(event, now, out)
+            case ShipFailed():
+                self._ship_failed(event, now, out)
+            case Acked():
+                self._acked(event, now, out)
+            case Lacking():
+                self._lacking(event, now, out)
+            case ReplicaRejected():
+                self._rejected(event, now, out)
+            case Retired():
+                self._retired(out)
+            case StandbyGone():
+                self._standby_gone(event, out)
+            case GuestEnded():
+                self._guest_ended(event, now, out)
+            case StopAsked():
+                self._retire("stopped by its operator", 0, "stopped: the guest runs unprotected", now, out)
+        self._ship_head(now, out)
+        self._stage(now, out)
+        return out
+
+    def _tick(self, event: Tick, now: int, out: list[Instruction]) -> None:
+        if self.state is State.RETIRING:
+            if now >= self._retire_deadline:
+                code, text = self._exit
+                unconfirmed = "; the secondary did not confirm that it retired its replica"
+                if self._ended is None:
+                    unconfirmed += ", so the guest's output stays shut until a primary protects it again"
+                self._finish(max(code, 1), text + unconfirmed, out)
+            return
+        silent_ns = now - event.heard_ns
+        if self._standby_up and silent_ns > self.policy.standby_timeout_ns:
+            self._lose_standby(f"the secondary has been silent for {silent_ns // 1_000_000} ms", out)
+        elif not self._standby_up and event.heard_ns and silent_ns < self.policy.standby_timeout_ns // 2:
+            if self.state in (State.HOLDING, State.UNPROTECTED) and now - self._hello_ns > self.policy.ask_every_ns:
+                self._hello_ns = now
+                out.append(SayHello(resume=True))
+        head = self._flights[0] if self._flights else None
+        if self._standby_up and head and head.shipped:
+            if now - head.first_sent_ns > self.policy.ack_timeout_ns:
+                self._lose_standby(f"no ack of epoch {head.epoch} within the limit", out)
+            elif now - head.asked_ns > self.policy.ask_every_ns:
+                head.asked_ns = now
+                out.append(AskMissing(head.epoch, head.part))
+        if (
+            self.state in (State.SYNCING, State.PROTECTED)
+            and now - self._progress_ns > self.policy.give_up_after_ns
+        ):
+            self._give_up("no progress within --give-up-after", now, out)
+
+    def _welcomed(self, event: Welcomed, now: int, out: list[Instruction]) -> None:
+        self._standby_up = True
+        self._progress_ns = now
+        if self.state is State.RETIRING:
+            if self._last_word:  # the first time it may have been lost with the connection
+                out.append(self._last_word)
+            return
+        if event.same_standby and self.state is not State.CONNECTING and self.state is not State.UNPROTECTED:
+            if self.state is State.HOLDING:
+                synced = self.acked_epoch is not None
+                self._enter(State.PROTECTED if synced else State.SYNCING, "the secondary is back")
+            if self._flights and self._flights[0].sent:
+                head = self._flights[0]
+                head.asked_ns = now
+                head.first_sent_ns = now
+                out.append(AskMissing(head.epoch, head.part))
+            return
+        self.epoch = max(self.epoch, event.last_epoch)
+        self._begin_anew("copying all memory", out)
+        if event.has_image:
+            out.append(FetchKnown())
+        else:
+            self._copying = True
+
+    def _refused(self, event: Refused, out: list[Instruction]) -> None:
+        if event.code in ("active", "term"):
+            out.append(PauseGuest())
+            text = f"refused: {event.text}; the guest stays paused here, for the other side runs it"
+        else:
+            text = f"refused: {event.text}"
+        self._finish(RefusedError.exit_code, text, out)
+
+    def _staged(self, event: Staged, now: int) -> None:
+        self._progress_ns = now
+        final = not self._live
+        if final or event.pages:
+            self._free.remove(event.arena)
+            self._flights.append(Flight(event.arena, self.epoch, self.part, final, event.closed))
+            self.part += 1
+        if final:
+            if event.closed is not None:
+                self.output_shut = True
+            self.epoch += 1
+            self.part = 0
+            self.live_pages = 0
+            self.pacer.started(now)
+        else:
+            self.live_pages += event.pages
+            # Half an arena is left for what the guest dirties until it is stopped.
+            self._live = event.left > self.policy.arena_pages // 2
+
+    def _overflow(self, event: Overflow, now: int, out: list[Instruction]) -> None:
+        self._progress_ns = now
+        if not self._live and self.state is State.PROTECTED:
+            out.append(
+                Alarm(
+                    f"epoch {self.epoch}: {event.dirty} dirty pages do not fit an arena of {self.policy.arena_pages}; "
+                    "copying while the guest runs, its output held"
+                )
+            )
+        self._live = True
+        if self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1):
+            self._give_up(
+                f"the guest dirties memory faster than it can be shipped: {event.dirty} pages after "
+                f"{self.policy.max_live_rounds} rounds; enlarge --arena or use a faster link",
+                now,
+                out,
+            )
+
+    def _shipped(self, event: Shipped, now: int, out: list[Instruction]) -> None:
+        head = self._head(event.epoch, event.part)
+        if head is None:
+            return
+        head.shipped = True
+        head.asked_ns = now
+        if head.acked:
+            self._land(head, now, out)
+
+    def _ship_failed(self, event: ShipFailed, now: int, out: list[Instruction]) -> None:
+        head = self._head(event.epoch, event.part)
+        if head is None:
+            return
+        # All of it is still in the arena: what arrived and what did not, the standby will say.
+        head.shipped = True
+        head.asked_ns = now
+        out.append(Alarm(f"shipping epoch {event.epoch} was cut short: {event.why}; will ship what is missing"))
+
+    def _acked(self, event: Acked, now: int, out: list[Instruction]) -> None:
+        head = self._head(event.epoch, event.part)
+        if head is None or not head.sent:
+            return  # of an attempt that was abandoned
+        head.acked = True
+        if head.shipped:
+            self._land(head, now, out)
+
+    def _land(self, head: Flight, now: int, out: list[Instruction]) -> None:
+        self._flights.popleft()
+        self._free.append(head.arena)
+        self._progress_ns = now
+        if not head.final:
+            out.append(KeepDirt(head.arena))
+            return
+        out.append(Settle(head.arena, head.epoch))
+        self.acked_epoch = head.epoch
+        if head.closed is not None:
+            out.append(Release(head.closed))
+        if self.state is State.SYNCING:
+            self._enter(State.PROTECTED, "")
+
+    def _lacking(self, event: Lacking, now: int, out: list[Instruction]) -> None:
+        head = self._head(event.epoch, event.part)
+        if head is None or not head.shipped or head.acked:
+            return
+        head.shipped = False
+        head.asked_ns = now
+        out.append(Ship(head.arena, head.epoch, head.part, head.final, event.ranges))
+
+    def _rejected(self, event: ReplicaRejected, now: int, out: list[Instruction]) -> None:
+        if self.state is State.RETIRING:
+            return
+        out.append(Alarm(f"the secondary retired its replica: {event.reason}; beginning again with a full copy"))
+        self._open("the replica was retired", out)
+        self._begin_anew("copying all memory after a failed audit", out)
+        self._copying = True
+        self._progress_ns = now
+
+    def _retired(self, out: list[Instruction]) -> None:
+        if self.state is not State.RETIRING:
+            return
+        if self._ended is None:
+            self._open("the replica was retired", out)
+        self._finish(*self._exit, out)
+
+    def _standby_gone(self, event: StandbyGone, out: list[Instruction]) -> None:
+        if self.state is not State.HOLDING or not self.policy.run_without_standby:
+            return
+        if not event.proved:
+            out.append(Alarm(f"output stays shut: the secondary may still live ({event.detail})"))
+            return
+        out.append(Abandon())
+        self._reset_flights()
+        self._open(f"--standby-loss run, and {event.detail}", out)
+        self._enter(State.UNPROTECTED, "the secondary is gone")
+
+    def _guest_ended(self, event: GuestEnded, now: int, out: list[Instruction]) -> None:
+        if self._ended is not None:
+            return
+        self._ended = event.reason
+        if event.reason is EndReason.HOST_LOST:
+            # Say nothing: silence is what lets the standby act.
+            self._finish(HostLostError.exit_code, "the guest's host is gone", out)
+            return
+        if not self._standby_up:
+            self._finish(0, f"the guest has ended: {event.reason}", out)
+            return
+        crashed = event.reason is EndReason.CRASH
+        self._exit = (1 if crashed else 0, f"the guest has ended: {event.reason}")
+        self._say_last(SayEnd(event.reason), str(event.reason), now, out)
+
+    # ------------------------------------------------------------ moves
+
+    def _enter(self, state: State, reason: str) -> None:
+        self.state = state
+        self.reason = reason
+
+    def _head(self, epoch: int, part: int) -> Flight | None:
+        """The flight on the wire, if it is that one; anything else is an echo of the past."""
+        head = self._flights[0] if self._flights else None
+        return head if head and (head.epoch, head.part) == (epoch, part) else None
+
+    def _may_stage(self) -> bool:
+        if not (self._copying and self._standby_up and self._free):
+            return False
+        return self.state in (State.SYNCING, State.PROTECTED)
+
+    def _stage(self, now: int, out: list[Instruction]) -> None:
+        """Ask for the next part if its time has come; the driver performs it before the next event."""
+        if not self._may_stage():
+            return
+        if now < (self._not_before if self._live else self.pacer.next_start):
+            return
+        arena = self._free[0]
+        if self._live:
+            out.append(LiveRound(arena, self.epoch, self.part))
+            return
+        unreleased = sum(1 for flight in self._flights if flight.closed is not None)
+        self.pacer.due(now)
+        out.append(Pause(arena, self.epoch, self.part, unreleased < self.policy.output_depth))
+
+    def _ship_head(self, now: int, out: list[Instruction]) -> None:
+        if not self._flights or not self._standby_up:
+            return
+        if self.state not in (State.SYNCING, State.PROTECTED):
+            return
+        head = self._flights[0]
+        if not head.sent:
+            head.sent = True
+            head.asked_ns = head.first_sent_ns = now
+            out.append(Ship(head.arena, head.epoch, head.part, head.final))
+
+    def _lose_standby(self, why: str, out: list[Instruction]) -> None:
+        self._standby_up = False
+        if self.state not in (State.SYNCING, State.PROTECTED):
+            return
+        self._enter(State.HOLDING, why)
+        out.append(Alarm(f"{why}; the guest runs on, its output held" if self.output_shut else why))
+        if self.policy.run_without_standby:
+            out.append(ProveStandbyGone())
+
+    def _begin_anew(self, reason: str, out: list[Instruction]) -> None:
+        out.append(Abandon())
+        out.append(BeginAnew())
+        self._reset_flights()
+        self.acked_epoch = None
+        self._copying = False
+        self._enter(State.SYNCING, reason)
+
+    def _reset_flights(self) -> None:
+        """After Abandon: what was in flight is pending again, and its epoch number is never used again."""
+        self._flights.clear()
+        self._free = list(range(self.policy.arenas))
+        self.epoch += 1
+        self.part = 0
+        self.live_pages = 0
+        self._live = True
+
+    def _open(self, why: str, out: list[Instruction]) -> None:
+        self.output_shut = False
+        out.append(OpenOutput(why))
+
+    def _give_up(self, why: str, now: int, out: list[Instruction]) -> None:
+        out.append(Alarm(f"protection is given up: {why}"))
+        text = f"protection was given up: {why}"
+        self._retire(why, ProtectionLostError.exit_code, text, now, out)
+
+    def _retire(self, reason: str, code: int, text: str, now: int, out: list[Instruction]) -> None:
+        if self.state is State.RETIRING:
+            return
+        if self.state is State.UNPROTECTED or (self.state is State.CONNECTING and not self.output_shut):
+            self._finish(code, text, out)
+            return
+        self._exit = (code, text)
+        self._say_last(SayRetire(reason), reason, now, out)
+
+    def _say_last(self, word: SayRetire | SayEnd, reason: str, now: int, out: list[Instruction]) -> None:
+        out.append(Abandon())
+        self._reset_flights()
+        self._last_word = word
+        out.append(word)
+        self._retire_deadline = now + self.policy.retire_timeout_ns
+        self._enter(State.RETIRING, reason)
+
+    def _finish(self, code: int, text: str, out: list[Instruction]) -> None:
+        self._enter(State.OVER, text)
+        out.append(Finish(code, text))

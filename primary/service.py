@@ -1,0 +1,404 @@
+"""The driver of one domain's protection: threads, sockets and the native calls around the state machine.
+
+The epoch loop runs in the caller's thread; the control link and the shipper have one each. Everything that happens
+reaches the loop as an event in one queue, so protection.py sees one event at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from checkpointd import faults
+from checkpointd.errors import CheckpointdError
+from checkpointd.hypervisor.port import EndReason
+from checkpointd.native import DigestKey
+from checkpointd.wire import messages
+
+from . import protection as p
+from .epoch import EpochTaker
+from .shipping import Known, Shipper
+from .watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from checkpointd.authority.fence import Fence
+    from checkpointd.daemon.config import PrimaryOptions
+    from checkpointd.daemon.metrics import PrimaryMetrics
+    from checkpointd.hypervisor.port import Domain, HostIdentity
+    from checkpointd.wire.initiator import BulkLink, ControlLink
+
+    from .epoch import Result
+
+log = logging.getLogger(__name__)
+
+ARENA_PAGE = 4096  # octets
+# s; an abandoned send ends within one slice of the shipper's waiting, and closing a socket with linger 0 at once.
+ABANDON_TIMEOUT = 30.0
+# Pauses kept for the quantiles in status: at 100 ms a minute and a half, at 25 ms a quarter of one.
+PAUSES_KEPT = 1000
+# s; how long finding the secondary's process gone may take: it is silent already, so either it is or it is not.
+GONE_TIMEOUT = 1.0
+# s; between two readings of the output buffer for the metrics: they cost a call to the host.
+OUTPUT_STATS_EVERY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    exit_code: int
+    text: str
+    guest: EndReason | None  # why the guest is no more, where that is what ended it
+
+
+class PrimaryService:
+    """Protects one attached domain until run() returns. `links` makes the two links once their callbacks are known."""
+
+    def __init__(
+        self,
+        options: PrimaryOptions,
+        domain: Domain,
+        *,
+        term: int,
+        first_epoch: int,
+        reserve: Callable[[int], None],
+        control: Callable[[Callable[[messages.Message], None], Callable[[BaseException], None]], ControlLink],
+        bulk: BulkLink,
+        watch: Callable[[HostIdentity], Fence],
+        metrics: PrimaryMetrics,
+    ) -> None:
+        self._options = options
+        self._domain = domain
+        self._term = term
+        self._reserve = reserve
+        self._watch = watch
+        self._metrics = metrics
+        self._session = secrets.randbits(64) | 1  # 0 means none
+        self._seed = secrets.token_bytes(32)
+        self._events: queue.SimpleQueue[p.Event | Known | BaseException] = queue.SimpleQueue()
+        info = domain.info
+        self._machine = p.Protection(
+            p.Policy(
+                interval_ns=options.interval,
+                arenas=options.arenas,
+                arena_pages=options.arena // ARENA_PAGE,
+                ram_pages=info.ram_pages,
+                output_depth=domain.output.depth,
+                run_without_standby=options.standby_loss == "run",
+                standby_timeout_ns=options.standby_timeout,
+                ack_timeout_ns=options.ack_timeout,
+                give_up_after_ns=options.give_up_after,
+                max_live_rounds=options.max_live_rounds,
+            ),
+            first_epoch,
+            time.monotonic_ns(),
+            output_shut=domain.output.stats().shut,
+        )
+        key = DigestKey(self._seed)
+        self._taker = EpochTaker(
+            domain.table,
+            info.nr_pfns,
+            key,
+            arenas=options.arenas,
+            arena_pages=options.arena // ARENA_PAGE,
+            mapping_budget=options.mapping_budget,
+            audit_pages=options.audit_pages,
+            suspend_timeout_ns=options.suspend_timeout,
+            detect_zero=options.zero_pages,
+        )
+        self._control = control(self._deliver, self._events.put)
+        self._shipper = Shipper(
+            bulk, self._session, term, self._events.put, self._events.put, metrics.sent_bytes
+        )
+        self._standby: HostIdentity | None = None
+        self._standby_watch: Fence | None = None
+        self._log_on = False
+        self._progress = 0
+        self._ending: Ending | None = None
+        self._pauses: deque[int] = deque(maxlen=PAUSES_KEPT)
+        self._copied = 0  # pages of the first copy dealt with
+        self._committed: int | None = None
+        self._staged_at: dict[int, int] = {}
+        self._output_read = 0.0
+        self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
+
+    # ------------------------------------------------------------ from other threads
+
+    def stop(self) -> None:
+        """End protection in order; run() returns once the secondary has retired its replica or the limit is over."""
+        self._events.put(p.StopAsked())
+
+    def status(self) -> dict[str, Any]:
+        """A snapshot for people and programs; safe from any thread."""
+        machine, info, stats = self._machine, self._domain.info, self._taker.mappings.stats()
+        pauses = sorted(self._pauses)
+        return {
+            "role": "primary",
+            "uuid": info.uuid,
+            "domid": info.domid,
+            "domain": info.name,
+            "hypervisor": info.hypervisor,
+            "state": str(machine.state),
+            "reason": machine.reason,
+            "term": self._term,
+            "epoch": machine.epoch,
+            "acked_epoch": machine.acked_epoch,
+            "committed_epoch": self._committed,
+            "in_flight": machine.in_flight,
+            "interval_ns": self._options.interval,
+            "pause_p50_ns": pauses[len(pauses) // 2] if pauses else None,
+            "pause_p99_ns": pauses[len(pauses) * 99 // 100] if pauses else None,
+            "copied_pages": self._copied,
+            "ram_pages": info.ram_pages,
+            "output_shut": machine.output_shut,
+            "standby_loss": self._options.standby_loss,
+            "mapped_bytes": stats.mapped_bytes,
+            "secondary": str(self._options.secondary),
+            "unsafe": [f"faults armed: {rule.point}" for rule in faults.armed()],
+        }
+
+    def not_ready(self) -> list[str]:
+        """Why the guest is not protected at this moment; empty if it is."""
+        machine = self._machine
+        if machine.state is p.State.PROTECTED:
+            return []
+        return [f"{machine.state}: {machine.reason}" if machine.reason else str(machine.state)]
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self) -> Ending:
+        limit = self._options.suspend_timeout / 1e9 + self._options.give_up_after / 1e9
+        watchdog = Watchdog(limit, lambda: self._progress)
+        self._shipper.start()
+        self._control.start()
+        self._control.hello(self._hello())
+        watchdog.start()
+        try:
+            while self._ending is None:
+                self._turn()
+            return self._ending
+        finally:
+            watchdog.stop()
+            self._close()
+
+    def _turn(self) -> None:
+        now = time.monotonic_ns()
+        wait = self._options.heartbeat
+        deadline = self._machine.deadline()
+        if deadline is not None:
+            wait = min(wait, max(0, deadline - now))
+        try:
+            event = self._events.get(timeout=wait / 1e9) if wait else self._events.get_nowait()
+        except queue.Empty:
+            event = p.Tick(self._control.last_heard_ns)
+        if isinstance(event, BaseException):
+            raise event
+        if isinstance(event, Known):
+            self._taker.known = event.digests
+            event = p.KnownPages()
+        self._progress += 1
+        self._handle(event)
+        ended = self._domain.ended() if self._ending is None else None
+        if ended is not None:
+            self._handle(p.GuestEnded(ended))
+        self._observe()
+
+    def _handle(self, event: p.Event) -> None:
+        before = self._machine.state
+        instructions = deque(self._machine.handle(event, time.monotonic_ns()))
+        while instructions:
+            follow_up = self._perform(instructions.popleft())
+            if follow_up is not None:
+                instructions.extend(self._machine.handle(follow_up, time.monotonic_ns()))
+        if self._machine.state is not before:
+            log.info("%s -> %s%s", before, self._machine.state, f": {self._machine.reason}" * bool(self._machine.reason))
+            self._metrics.state(str(self._machine.state))
+            if self._machine.state is p.State.PROTECTED:
+                self._taker.known = None
+
+    def _perform(self, step: p.Instruction) -> p.Event | None:
+        match step:
+            case p.Pause(arena, epoch, _, close_output):
+                self._reserve(epoch)
+                return self._pause(arena, epoch, close_output=close_output)
+            case p.LiveRound(arena, epoch):
+                self._reserve(epoch)
+                return self._live_round(arena)
+            case p.Ship(arena):
+                self._shipper.ship(step, self._taker.frames(arena))
+            case p.KeepDirt(arena):
+                self._taker.dirty.keep(arena)
+            case p.Settle(arena, epoch):
+                self._taker.dirty.settle(arena)
+                self._metrics.acked(epoch, time.monotonic_ns() - self._staged_at.pop(epoch, time.monotonic_ns()))
+            case p.Release(closed):
+                faults.point("primary.before-release")
+                self._domain.output.release(closed)
+                faults.point("primary.after-release")
+            case p.Abandon():
+                if not self._shipper.abandon(ABANDON_TIMEOUT):
+                    raise CheckpointdError("the shipping thread is stuck; ending, so that no arena is overwritten")
+                self._taker.dirty.give_back()
+                self._staged_at.clear()
+            case p.BeginAnew():
+                self._begin_anew()
+            case p.FetchKnown():
+                self._shipper.fetch_known(self._domain.info.nr_pfns)
+            case p.OpenOutput(why):
+                log.warning("the guest's output is open: %s", why)
+                self._domain.output.open()
+            case p.SayHello(resume):
+                self._control.hello(self._hello(resume=resume))
+            case p.AskMissing(epoch, part):
+                self._control.send(messages.Query(epoch, part))
+            case p.SayRetire(reason):
+                self._control.send(messages.Retire(reason))
+            case p.SayEnd(end):
+                self._control.send(messages.End(end))
+            case p.ProveStandbyGone():
+                return self._prove_gone()
+            case p.PauseGuest():
+                self._domain.pause()
+            case p.Alarm(text):
+                log.error("%s", text)
+                self._metrics.alarm()
+            case p.Finish(code, text):
+                self._ending = Ending(code, text, self._domain.ended())
+        return None
+
+    # ------------------------------------------------------------ instructions that need more than a line
+
+    def _begin_anew(self) -> None:
+        if not self._log_on:
+            self._domain.enable_log()
+            self._log_on = True
+        self._taker.dirty.begin_anew()
+        self._taker.known = None
+        self._copied = 0
+
+    def _pause(self, arena: int, epoch: int, *, close_output: bool) -> p.Event:
+        faults.point("primary.before-pause")
+        result = self._taker.take(arena, close_output=close_output)
+        outcome = result.outcome
+        self._metrics.paused(outcome)
+        if outcome.pause_ns:
+            self._pauses.append(outcome.pause_ns)
+        if not result.ok:
+            return self._failed(result)
+        faults.point("primary.after-pause")
+        self._staged_at[epoch] = time.monotonic_ns()
+        pages = outcome.pages + outcome.zeros + outcome.gone
+        return p.Staged(arena, pages, result.left, outcome.closed_output if close_output else None)
+
+    def _live_round(self, arena: int) -> p.Event:
+        faults.point("primary.before-round")
+        result = self._taker.live_round(arena)
+        outcome = result.outcome
+        if not result.ok:
+            return self._failed(result)
+        self._metrics.live_round(outcome)
+        self._copied = min(
+            self._copied + outcome.pages + outcome.zeros + outcome.known, self._domain.info.ram_pages
+        )
+        if self.on_progress:
+            self.on_progress(self._copied, self._domain.info.ram_pages)
+        return p.Staged(arena, outcome.pages + outcome.zeros + outcome.gone, result.left)
+
+    def _failed(self, result: Result) -> p.Event:
+        if result.overflow:
+            return p.Overflow(result.outcome.dirty)
+        ended = self._domain.ended()
+        if ended is None and result.guest_gone:
+            ended = EndReason.HOST_LOST
+        if ended is not None:
+            return p.GuestEnded(ended)
+        self._metrics.failed()
+        return p.StageFailed(result.describe())
+
+    def _prove_gone(self) -> p.StandbyGone:
+        if self._standby_watch is None:
+            return p.StandbyGone(proved=False, detail="it was never met")
+        result = self._standby_watch.fence(GONE_TIMEOUT)
+        return p.StandbyGone(proved=result.fenced, detail=result.detail)
+
+    def _hello(self, *, resume: bool = False) -> messages.Hello:
+        return messages.Hello(
+            session=self._session,
+            term=self._term,
+            info=self._domain.info,
+            interval_ns=self._options.interval,
+            digest_seed=self._seed,
+            static_records=self._domain.static_records(),
+            first_epoch=self._machine.epoch,
+            resume=resume,
+        )
+
+    # ------------------------------------------------------------ messages, on the link's thread
+
+    def _deliver(self, message: messages.Message) -> None:
+        event: p.Event | None = None
+        match message:
+            case messages.Welcome():
+                event = self._welcomed(message)
+            case messages.Refused():
+                event = p.Refused(message.code, message.text)
+            case messages.Ack():
+                event = p.Acked(message.epoch, message.part)
+            case messages.Missing():
+                ranges = None if message.ranges is None else tuple((a, b) for a, b in message.ranges)
+                event = p.Lacking(message.epoch, message.part, ranges)
+            case messages.FullCopyWanted():
+                event = p.ReplicaRejected(message.reason)
+            case messages.Retired():
+                event = p.Retired()
+            case messages.Committed():
+                self._committed = message.epoch
+                self._metrics.committed(message.epoch, message.commit_ns)
+        if event is not None:
+            self._events.put(event)
+
+    def _welcomed(self, message: messages.Welcome) -> p.Event:
+        same = self._standby == message.secondary
+        if not same:
+            if self._standby_watch is not None:
+                self._standby_watch.close()
+            self._standby = message.secondary
+            self._standby_watch = self._watch(message.secondary)
+        if self._options.arena > message.epoch_limit_bytes:
+            return p.Refused(
+                "memory",
+                f"the secondary keeps at most {message.epoch_limit_bytes} octets of an epoch; make --arena no larger "
+                "or its --epoch-memory larger",
+            )
+        return p.Welcomed(same_standby=same, has_image=message.has_image, last_epoch=message.last_epoch)
+
+    # ------------------------------------------------------------ looking after things
+
+    def _observe(self) -> None:
+        machine = self._machine
+        self._control.progress(machine.epoch, list(p.State).index(machine.state), self._progress)
+        now = time.monotonic()
+        if now - self._output_read >= OUTPUT_STATS_EVERY and self._ending is None:
+            self._output_read = now
+            if machine.state is not p.State.PROTECTED:
+                # No epoch does it: give back frames that the guest has ballooned out.
+                self._taker.mappings.refresh()
+            self._metrics.mappings(self._taker.mappings.stats())
+            try:
+                self._metrics.output(self._domain.output.stats())
+            except CheckpointdError as error:
+                log.debug("output buffer not read: %s", error)
+
+    def _close(self) -> None:
+        self._shipper.close()
+        self._control.close()
+        if self._standby_watch is not None:
+            self._standby_watch.close()
+        self._taker.close()
+
+
