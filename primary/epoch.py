@@ -75,7 +75,7 @@ class EpochTaker:
     ) -> None:
         self._table = table
         self._nr_pfns = nr_pfns
-        self._key = key
+        self.key = key  # of the session; a new session sets another
         self._suspend_timeout_ns = suspend_timeout_ns
         self._detect_zero = detect_zero
         self.mappings = native.Mappings(table, nr_pfns, mapping_budget)
@@ -96,7 +96,7 @@ class EpochTaker:
             self.dirty.pending,
             self.dirty.carried[index],
             arena,
-            key=self._key,
+            key=self.key,
             audit_cursor=self._audit_cursor,
             suspend_timeout_ns=self._suspend_timeout_ns,
             close_output=close_output,
@@ -116,7 +116,7 @@ class EpochTaker:
             self.dirty.pending,
             self.dirty.carried[index],
             self.arenas[index],
-            key=self._key,
+            key=self.key,
             cursor=self._round_cursor,
             known=self.known,
             detect_zero=self._detect_zero,
@@ -144,7 +144,7 @@ class EpochTaker:
         if final:
             contents.append((Kind.CONTEXT, arena.context))
             contents += [(Kind.AUDIT, arena.audit)] if len(arena.audit) else []
-        self._sealed[index] = [Frame(kind, view, self._key.digest(view)) for kind, view in contents]
+        self._sealed[index] = [Frame(kind, view, self.key.digest(view)) for kind, view in contents]
 
 
 def _slices(view: memoryview) -> list[memoryview]:

@@ -1,9 +1,9 @@
 """The state machine of protection: what the engine does next, and why. Pure: no I/O, no clock.
 
-    connecting ─► syncing ─► protected ◄─► holding        (standby silent: dirt kept, output shut)
-         ▲           ▲            │            │
-         │           └────────────┼────────────┴─► unprotected   (--standby-loss run, standby proved gone)
-         └── a new standby ───────┘
+    connecting ─► syncing ─► protected ◄─► holding ─► unprotected
+                     ▲            │           │           │     holding: the standby is silent; dirt kept, output shut
+                     └────────────┴───────────┴───────────┘     unprotected: --standby-loss run, standby proved gone
+                       a new standby begins with a full copy
     any ─► retiring ─► over       (SIGTERM, or protection given up: the standby drops its replica first)
     any ─► over                   (guest ended, refused by a higher term, host lost)
 
@@ -170,6 +170,11 @@ class SayHello:
 
 
 @dataclass(frozen=True, slots=True)
+class NewSession:
+    """Draw a new session and say hello in it; answered by Welcomed."""
+
+
+@dataclass(frozen=True, slots=True)
 class BeginAnew:
     """Trust no dirty log: make every page pending. Always after Abandon, or at the very start."""
 
@@ -273,7 +278,7 @@ class Finish:
 
 
 Instruction = (
-    SayHello | BeginAnew | FetchKnown | LiveRound | Pause | Ship | AskMissing | KeepDirt | Settle | Abandon
+    SayHello | NewSession | BeginAnew | FetchKnown | LiveRound | Pause | Ship | AskMissing | KeepDirt | Settle | Abandon
     | Release | OpenOutput | SayRetire | SayEnd | ProveStandbyGone | PauseGuest | Alarm | Finish
 )  # fmt: skip
 
@@ -555,8 +560,11 @@ class Protection:
             return
         out.append(Alarm(f"the secondary retired its replica: {event.reason}; beginning again with a full copy"))
         self._open("the replica was retired", out)
-        self._begin_anew("copying all memory after a failed audit", out)
-        self._copying = True
+        out.append(Abandon())
+        self._reset_flights()
+        out.append(NewSession())
+        self._copying = False
+        self._enter(State.CONNECTING, "beginning again after a failed audit")
         self._progress_ns = now
 
     def _retired(self, out: list[Instruction]) -> None:

@@ -19,10 +19,11 @@ from checkpointd.errors import CheckpointdError
 from checkpointd.hypervisor.port import EndReason
 from checkpointd.native import DigestKey
 from checkpointd.wire import messages
+from checkpointd.wire.messages import SEED_BYTES
 
 from . import protection as p
 from .epoch import EpochTaker
-from .shipping import Known, Shipper
+from .shipping import Known, Session, Shipper
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ class PrimaryService:
         self._reserve = reserve
         self._watch = watch
         self._metrics = metrics
-        self._session = secrets.randbits(64) | 1  # 0 means none
-        self._seed = secrets.token_bytes(32)
+        self._draw_session()
         self._events: queue.SimpleQueue[p.Event | Known | BaseException] = queue.SimpleQueue()
         info = domain.info
         self._machine = p.Protection(
@@ -99,11 +99,10 @@ class PrimaryService:
             time.monotonic_ns(),
             output_shut=domain.output.stats().shut,
         )
-        key = DigestKey(self._seed)
         self._taker = EpochTaker(
             domain.table,
             info.nr_pfns,
-            key,
+            self._session.key,
             arenas=options.arenas,
             arena_pages=options.arena // ARENA_PAGE,
             mapping_budget=options.mapping_budget,
@@ -112,9 +111,7 @@ class PrimaryService:
             detect_zero=options.zero_pages,
         )
         self._control = control(self._deliver, self._events.put)
-        self._shipper = Shipper(
-            bulk, self._session, term, self._events.put, self._events.put, metrics.sent_bytes
-        )
+        self._shipper = Shipper(bulk, self._events.put, self._events.put, metrics.sent_bytes)
         self._standby: HostIdentity | None = None
         self._standby_watch: Fence | None = None
         self._log_on = False
@@ -230,7 +227,7 @@ class PrimaryService:
                 self._reserve(epoch)
                 return self._live_round(arena)
             case p.Ship(arena):
-                self._shipper.ship(step, self._taker.frames(arena))
+                self._shipper.ship(self._session, step, self._taker.frames(arena))
             case p.KeepDirt(arena):
                 self._taker.dirty.keep(arena)
             case p.Settle(arena, epoch):
@@ -245,10 +242,14 @@ class PrimaryService:
                     raise CheckpointdError("the shipping thread is stuck; ending, so that no arena is overwritten")
                 self._taker.dirty.give_back()
                 self._staged_at.clear()
+            case p.NewSession():
+                self._draw_session()
+                self._taker.key = self._session.key
+                self._control.hello(self._hello())
             case p.BeginAnew():
                 self._begin_anew()
             case p.FetchKnown():
-                self._shipper.fetch_known(self._domain.info.nr_pfns)
+                self._shipper.fetch_known(self._session, self._domain.info.nr_pfns)
             case p.OpenOutput(why):
                 log.warning("the guest's output is open: %s", why)
                 self._domain.output.open()
@@ -272,6 +273,11 @@ class PrimaryService:
         return None
 
     # ------------------------------------------------------------ instructions that need more than a line
+
+    def _draw_session(self) -> None:
+        self._seed = secrets.token_bytes(SEED_BYTES)
+        number = secrets.randbits(64) or 1  # 0 means none
+        self._session = Session(number, self._term, DigestKey(self._seed))
 
     def _begin_anew(self) -> None:
         if not self._log_on:
@@ -328,7 +334,7 @@ class PrimaryService:
 
     def _hello(self, *, resume: bool = False) -> messages.Hello:
         return messages.Hello(
-            session=self._session,
+            session=self._session.number,
             term=self._term,
             info=self._domain.info,
             interval_ns=self._options.interval,
@@ -350,8 +356,7 @@ class PrimaryService:
             case messages.Ack():
                 event = p.Acked(message.epoch, message.part)
             case messages.Missing():
-                ranges = None if message.ranges is None else tuple((a, b) for a, b in message.ranges)
-                event = p.Lacking(message.epoch, message.part, ranges)
+                event = p.Lacking(message.epoch, message.part, message.ranges)
             case messages.FullCopyWanted():
                 event = p.ReplicaRejected(message.reason)
             case messages.Retired():

@@ -10,23 +10,26 @@ import logging
 import queue
 import struct
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from checkpointd import faults
 from checkpointd.errors import CheckpointdError
-from checkpointd.wire.frames import DIGEST_BYTES, Header, Kind, pack_part_end
+from checkpointd.wire.frames import NO_DIGEST, Header, Kind, PartEnd, check_digest, seal
 
 from .protection import Ship, Shipped, ShipFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from checkpointd.native import DigestKey
     from checkpointd.wire.initiator import BulkLink
 
     from .epoch import Frame
 
 log = logging.getLogger(__name__)
+
+DIGEST_BYTES = len(NO_DIGEST)
 
 # s; how long one frame may wait for room before the part is reported as cut short. The control link notices a
 # dead peer long before; this bounds a peer that lives and does not read.
@@ -37,14 +40,25 @@ SLICE = 0.05
 DIGESTS_TIMEOUT = 30.0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What frames are marked and digested with."""
+
+    number: int
+    term: int
+    key: DigestKey
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
+    session: Session
     ship: Ship
     frames: list[Frame]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Fetch:
+    session: Session
     nr_pfns: int
 
 
@@ -70,15 +84,11 @@ class Shipper:
     def __init__(
         self,
         link: BulkLink,
-        session: int,
-        term: int,
         report: Callable[[Shipped | ShipFailed | Known], None],
         fatal: Callable[[BaseException], None],
         count_sent: Callable[[int], None],
     ) -> None:
         self._link = link
-        self._session = session
-        self._term = term
         self._report = report
         self._fatal = fatal
         self._count_sent = count_sent
@@ -89,11 +99,11 @@ class Shipper:
     def start(self) -> None:
         self._thread.start()
 
-    def ship(self, ship: Ship, frames: list[Frame]) -> None:
-        self._jobs.put(_Job(ship, frames))
+    def ship(self, session: Session, ship: Ship, frames: list[Frame]) -> None:
+        self._jobs.put(_Job(session, ship, frames))
 
-    def fetch_known(self, nr_pfns: int) -> None:
-        self._jobs.put(_Fetch(nr_pfns))
+    def fetch_known(self, session: Session, nr_pfns: int) -> None:
+        self._jobs.put(_Fetch(session, nr_pfns))
 
     def abandon(self, timeout: float) -> bool:
         """Stop what is under way and make ZeroMQ let go of every frame; True once that is so."""
@@ -126,7 +136,7 @@ class Shipper:
     def _perform(self, job: _Job | _Fetch) -> None:
         try:
             if isinstance(job, _Fetch):
-                self._report(Known(self._fetch(job.nr_pfns)))
+                self._report(Known(self._fetch(job)))
             else:
                 self._ship(job)
                 self._report(Shipped(job.ship.epoch, job.ship.part))
@@ -144,11 +154,13 @@ class Shipper:
         for sequence, frame in enumerate(job.frames):
             if ship.ranges is None or any(first <= sequence <= last for first, last in ship.ranges):
                 faults.point("ship.frame")
-                self._send(self._header(ship, frame.kind, sequence, frame.digest, frame.payload), frame.payload)
-        octets = sum(len(frame.payload) for frame in job.frames)
+                header = self._header(job, frame.kind, sequence)
+                length = frame.payload.nbytes
+                self._send(replace(header, length=length, digest=frame.digest), frame.payload)
+        octets = sum(frame.payload.nbytes for frame in job.frames)
         faults.point("ship.end")
-        end = pack_part_end(len(job.frames), octets, final=ship.final)
-        self._send(self._header(ship, Kind.PART_END, len(job.frames), bytes(DIGEST_BYTES), end), end)
+        end = PartEnd(len(job.frames), ship.final, octets).pack()
+        self._send(seal(self._header(job, Kind.PART_END, len(job.frames)), end, job.session.key), end)
         waited = 0.0
         while not self._link.wait_released(SLICE):
             waited += SLICE
@@ -159,17 +171,10 @@ class Shipper:
                 break
         faults.point("ship.shipped")
 
-    def _header(self, ship: Ship, kind: Kind, sequence: int, digest: bytes, payload: bytes | memoryview) -> Header:
-        return Header(
-            kind=kind,
-            session=self._session,
-            term=self._term,
-            epoch=ship.epoch,
-            part=ship.part,
-            sequence=sequence,
-            length=len(payload),
-            digest=digest,
-        )
+    @staticmethod
+    def _header(job: _Job, kind: Kind, sequence: int) -> Header:
+        session, ship = job.session, job.ship
+        return Header(kind, session.number, session.term, ship.epoch, ship.part, sequence)
 
     def _send(self, header: Header, payload: bytes | memoryview) -> None:
         waited = 0.0
@@ -179,16 +184,16 @@ class Shipper:
             if waited >= SEND_TIMEOUT:
                 self._link.abandon()
                 raise CheckpointdError(f"the secondary has taken no frame for {SEND_TIMEOUT:.0f} s")
-        self._count_sent(len(payload))
+        self._count_sent(header.length)
 
     def _check_abandoned(self) -> None:
         if self._abandoning.is_set():
             raise _AbandonedError
 
-    def _fetch(self, nr_pfns: int) -> bytearray | None:
-        wanted = Header(kind=Kind.DIGESTS_WANTED, session=self._session, term=self._term)
-        self._send(wanted, b"")
-        digests = bytearray(nr_pfns * DIGEST_BYTES)
+    def _fetch(self, job: _Fetch) -> bytearray:
+        session = job.session
+        self._send(Header(Kind.DIGESTS_WANTED, session.number, session.term), b"")
+        digests = bytearray(job.nr_pfns * DIGEST_BYTES)
         waited = 0.0
         while waited < DIGESTS_TIMEOUT:
             received = self._link.receive(SLICE)
@@ -197,14 +202,15 @@ class Shipper:
                 waited += SLICE
                 continue
             header, payload = received
-            if header.kind is not Kind.DIGESTS or header.session != self._session:
+            if (header.kind, header.session, header.term) != (Kind.DIGESTS, session.number, session.term):
                 continue
+            check_digest(header, payload, session.key)
             (first,) = struct.unpack_from("<Q", payload)
             body = payload[8:]
             at = first * DIGEST_BYTES
-            if len(body) % DIGEST_BYTES or at + len(body) > len(digests):
+            if at + len(body) > len(digests):
                 raise CheckpointdError("the secondary's page digests do not fit this guest")
             digests[at : at + len(body)] = body
-            if header.flags & 1:
+            if header.flags:
                 return digests
         raise CheckpointdError(f"they did not come within {DIGESTS_TIMEOUT:.0f} s")

@@ -278,6 +278,9 @@ class Driver(RuleBasedStateMachine):
         self.acks = []
         self.feed(p.ReplicaRejected("digest differs"))
         self.standby.retired = False
+        self.synced = False
+        if self.machine.state is p.State.CONNECTING:
+            self.feed(p.Welcomed(same_standby=True, has_image=False))
 
     @rule()
     def hypervisor_fails(self) -> None:
@@ -354,6 +357,28 @@ def kinds(steps: list[p.Instruction]) -> list[type]:
 def test_a_new_engine_sends_everything() -> None:
     steps = p.Protection(policy(), 7, 0).handle(p.Welcomed(same_standby=False, has_image=True, last_epoch=40), 0)
     assert kinds(steps) == [p.Abandon, p.BeginAnew, p.FetchKnown]
+
+
+def test_abandoning_frees_every_arena() -> None:
+    machine = protected()
+    for at in (100, 200):
+        (pause,) = [s for s in machine.handle(p.Tick(at * MS), at * MS) if isinstance(s, p.Pause)]
+        machine.handle(p.Staged(pause.arena, 1, 0, closed=at), at * MS)
+    machine.handle(p.Welcomed(same_standby=False, has_image=False), 300 * MS)
+    arenas = set()
+    for _ in range(2):
+        (part,) = [s for s in machine.handle(p.Tick(), 300 * MS) if isinstance(s, p.LiveRound)] or [None]
+        if part:
+            arenas.add(part.arena)
+            machine.handle(p.Staged(part.arena, 1, ARENA_PAGES), 300 * MS)
+    assert arenas == {0, 1}
+
+
+def test_a_failed_audit_opens_a_new_session_and_copies_everything() -> None:
+    machine = protected()
+    assert kinds(machine.handle(p.ReplicaRejected("differs"), 0)) == [p.Alarm, p.OpenOutput, p.Abandon, p.NewSession]
+    steps = machine.handle(p.Welcomed(same_standby=True, has_image=False), 0)
+    assert kinds(steps)[:3] == [p.Abandon, p.BeginAnew, p.LiveRound]
 
 
 def test_epoch_numbers_go_on_above_what_the_standby_has_seen() -> None:
