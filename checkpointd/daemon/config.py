@@ -1,8 +1,10 @@
 """The options of both roles: one table each, read by checkpointd.daemon.settings.
 
-Durations are integer nanoseconds, sizes integer octets. Bounds keep a slip of the pen (``5s`` for ``5ms``)
-from becoming an outage; they are no promise that every value between them is wise.
+Durations are integer nanoseconds, sizes integer octets. Bounds keep a slip of the pen (``5s`` for
+``5ms``) from becoming an outage; they are no promise that every value between them is wise.
 """
+# setting() makes a dataclasses.field, which ruff cannot see:
+# ruff: noqa: RUF009
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ SECONDARY_METRICS_PORT = 10949
 PRIMARY_METRICS_BASE = 11000  # + domid: a port that stays, so that a scrape's instance label stays
 LAST_DOMID = 0x7FEF  # DOMID_FIRST_RESERVED - 1 (xen/include/public/xen.h)
 
-# A peer is lost when so many heartbeats in a row stayed out: one alone is a hiccup of the scheduler.
+# A peer is lost when so many heartbeats in a row stay out: one alone is the scheduler's hiccup.
 HEARTBEATS_MISSED = 3
 
 _NAMESPACE = text_value(
@@ -57,11 +59,9 @@ class CommonOptions:
     )
     no_metrics: bool = setting(switch(), "no", "serve no metrics, health or status by HTTP")
     state_dir: Path = setting(
-        directory(), paths.default_state_dir, "keys, terms and images: what survives a reboot"
+        directory(), paths.state_dir, "keys, terms and images: what survives a reboot"
     )
-    run_dir: Path = setting(
-        directory(), paths.default_run_dir, "sockets and the list of running daemons"
-    )
+    run_dir: Path = setting(directory(), paths.run_dir, "sockets and the list of running daemons")
     log_level: str = setting(
         choice("debug", "info", "warning", "error"), "info", "how much is said on stderr"
     )

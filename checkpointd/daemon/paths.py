@@ -1,4 +1,4 @@
-"""Where things are kept: state that survives a reboot, and what lives only as long as its process."""
+"""Where things are kept: what survives a reboot, and what lives only as long as its process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RUN_VARIABLE = "CHECKPOINTD_RUN_DIR"
 SOCKET_PATH_LIMIT = 107  # octets: sun_path is 108 with its closing NUL (unix(7))
 
 
-def default_state_dir() -> Path:
+def state_dir() -> Path:
     """Of keys, terms and images.
 
-    $CHECKPOINTD_STATE_DIR, else /var/lib/checkpointd for root and the XDG state directory for others.
+    $CHECKPOINTD_STATE_DIR, else /var/lib/checkpointd for root, the XDG state directory for others.
     """
     if given := os.environ.get(STATE_VARIABLE):
         return Path(given).absolute()
@@ -27,7 +27,7 @@ def default_state_dir() -> Path:
     return (Path(home) if home else Path.home() / ".local" / "state") / "checkpointd"
 
 
-def default_run_dir() -> Path:
+def run_dir() -> Path:
     """Of sockets and the list of daemons.
 
     $CHECKPOINTD_RUN_DIR, else /run/checkpointd for root and the XDG run directory for others.
@@ -38,8 +38,8 @@ def default_run_dir() -> Path:
         return Path("/run/checkpointd")
     if home := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(home) / "checkpointd"
-    # private() below refuses it if somebody else was here first
-    return Path("/tmp") / f"checkpointd-{os.geteuid()}"
+    # private() below refuses it if somebody else was here first:
+    return Path("/tmp") / f"checkpointd-{os.geteuid()}"  # noqa: S108
 
 
 def private(directory: Path) -> Path:

@@ -87,7 +87,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def setting(kind: Kind, default: str | Callable[[], Any], text: str) -> Any:
-    """A dataclass field; `default` as a person writes it (empty: None), or a function to find it."""
+    """A dataclass field; `default` as a person writes it (empty: None), or a function."""
     if callable(default):
         return dataclasses.field(
             default_factory=default, metadata={"setting": Setting(kind, text, str(default()))}

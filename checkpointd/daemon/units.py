@@ -47,8 +47,8 @@ _LONGEST = 64  # characters; nothing a person writes is longer, and int() of a h
 class BadValueError(UsageError, argparse.ArgumentTypeError):
     """A value cannot be read.
 
-    As an ArgumentTypeError it may leave an argparse ``type=`` function: argparse names the option and
-    keeps the message. checkpointd.daemon.settings names the option itself.
+    As an ArgumentTypeError it may leave an argparse ``type=`` function: argparse names the option
+    and keeps the message. checkpointd.daemon.settings names the option itself.
     """
 
 
@@ -89,7 +89,7 @@ def _terms(text: str, units: dict[str, int], example: str, smallest: str) -> lis
 
 
 def format_duration(nanoseconds: int) -> str:
-    """Exact, and much as Go prints it: ``1.5ms``, ``100ms``, ``1m30s``; parse_duration reads it back."""
+    """Exact, and much as Go prints it: ``1.5ms``, ``100ms``, ``1m30s``; parse_duration reads it."""
     if nanoseconds < 0:
         raise ValueError(f"a duration is not negative: {nanoseconds}")
     if nanoseconds == 0:

@@ -1,0 +1,41 @@
+"""checkpointd primary: protect one guest of this host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from checkpointd.daemon import logs, settings
+from checkpointd.daemon.config import PrimaryOptions
+
+if TYPE_CHECKING:
+    import argparse
+
+DESCRIPTION = """\
+Protect a guest of this host: stop it for a moment at a fixed interval, take what changed, and send
+it to a secondary. What the guest sends leaves only once the secondary has the state that sent it.
+
+  checkpointd primary --domid 4                          a secondary on this machine
+  checkpointd primary --domid 4 --secondary standby.lan  on another (first: checkpointd keys --help)
+
+SIGTERM ends protection in order: the guest goes on unprotected. Every option may also stand in the
+file of --config, as `interval = "100ms"` under [primary], and in the environment, as
+CHECKPOINTD_INTERVAL=100ms. A flag wins over the environment, that over the file.
+Durations need a unit (500us, 100ms, 1m30s), sizes too (64KiB, 256MiB)."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        "primary",
+        help="protect a guest: send its checkpoints to a secondary",
+        usage="%(prog)s --domid DOMID [--secondary HOST] [--interval TIME] [option ...]",
+        description=DESCRIPTION,
+    )
+    settings.add_arguments(parser, PrimaryOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = settings.load(PrimaryOptions, args)
+    with logs.started(options.log_level, options.log_format):
+        from checkpointd import node  # only now: wrong options are told without loading the engine
+
+        return node.run_primary(options)
