@@ -16,7 +16,7 @@ from checkpointd.wire.frames import Kind
 from .dirty import DirtySet
 
 if TYPE_CHECKING:
-    from checkpointd.native import Arena, DigestKey, Outcome
+    from checkpointd.native import DigestKey, Outcome
 
 # Octets of a frame that lists pfns: as large as a frame of pages, so that nothing needs a bigger limit.
 LIST_FRAME_BYTES = 1 << 20
@@ -79,9 +79,13 @@ class EpochTaker:
         self._suspend_timeout_ns = suspend_timeout_ns
         self._detect_zero = detect_zero
         self.mappings = native.Mappings(table, nr_pfns, mapping_budget)
-        self.arenas = [native.Arena(arena_pages, nr_pfns, audit_pages=audit_pages) for _ in range(arenas)]
+        self.arenas = [
+            native.Arena(arena_pages, nr_pfns, audit_pages=audit_pages) for _ in range(arenas)
+        ]
         self.dirty = DirtySet(nr_pfns, arenas)
-        self.known: bytes | bytearray | None = None  # the secondary's page digests, during a first copy
+        self.known: bytes | bytearray | None = (
+            None  # the secondary's page digests, during a first copy
+        )
         self._sealed: list[list[Frame]] = [[] for _ in range(arenas)]
         self._round_cursor = 0
         self._audit_cursor = 0

@@ -29,6 +29,45 @@ from enum import StrEnum
 from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
 from checkpointd.hypervisor.port import EndReason
 
+from .events import (
+    Abandon,
+    Acked,
+    Alarm,
+    AskMissing,
+    BeginAnew,
+    Event,
+    FetchKnown,
+    Finish,
+    GuestEnded,
+    Instruction,
+    KeepDirt,
+    KnownPages,
+    Lacking,
+    LiveRound,
+    NewSession,
+    OpenOutput,
+    Overflow,
+    Pause,
+    PauseGuest,
+    ProveStandbyGone,
+    Refused,
+    Release,
+    ReplicaRejected,
+    Retired,
+    SayEnd,
+    SayHello,
+    SayRetire,
+    Settle,
+    Ship,
+    ShipFailed,
+    Shipped,
+    Staged,
+    StageFailed,
+    StandbyGone,
+    StopAsked,
+    Tick,
+    Welcomed,
+)
 from .pacing import Pacer
 
 
@@ -40,249 +79,6 @@ class State(StrEnum):
     UNPROTECTED = "unprotected"
     RETIRING = "retiring"
     OVER = "over"
-
-
-# ---------------------------------------------------------------- events
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed; `heard_ns` is when the standby was last heard (0: never)."""
-
-    heard_ns: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Welcomed:
-    """The standby takes the session. `same_standby`: the very process that had it before, its memory intact."""
-
-    same_standby: bool
-    has_image: bool
-    last_epoch: int = 0  # the highest number the standby has seen; ours go on above it
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    code: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class KnownPages:
-    """The standby's page digests are here, or were given up: the copying may begin."""
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A part lies in its arena. `pages` counts all its entries; `left` is what is still pending (live rounds)."""
-
-    arena: int
-    pages: int
-    left: int = 0
-    closed: int | None = None  # the output epoch it closed, by a pause that did
-
-
-@dataclass(frozen=True, slots=True)
-class Overflow:
-    """The dirty set did not fit the arena: nothing was staged, the guest runs, every bit is pending."""
-
-    dirty: int
-
-
-@dataclass(frozen=True, slots=True)
-class StageFailed:
-    """A hypervisor call failed; the guest runs, every bit is pending."""
-
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
-class Shipped:
-    """Every frame of the part has left, and ZeroMQ has let go of the arena."""
-
-    epoch: int
-    part: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShipFailed:
-    epoch: int
-    part: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Acked:
-    epoch: int
-    part: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lacking:
-    """The standby says which frames of a part it has not: [first, last] sequences, None for all."""
-
-    epoch: int
-    part: int
-    ranges: tuple[tuple[int, int], ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaRejected:
-    """The standby's audit found a difference: it has retired its replica and wants a full copy."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Retired:
-    """The standby has thrown its replica away and will never activate it."""
-
-
-@dataclass(frozen=True, slots=True)
-class StandbyGone:
-    """Whether the standby's process is proved to be gone for good."""
-
-    proved: bool
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class GuestEnded:
-    reason: EndReason
-
-
-@dataclass(frozen=True, slots=True)
-class StopAsked:
-    """SIGTERM or SIGINT."""
-
-
-Event = (
-    Tick | Welcomed | Refused | KnownPages | Staged | Overflow | StageFailed | Shipped | ShipFailed | Acked
-    | Lacking | ReplicaRejected | Retired | StandbyGone | GuestEnded | StopAsked
-)  # fmt: skip
-
-# ---------------------------------------------------------------- instructions
-
-
-@dataclass(frozen=True, slots=True)
-class SayHello:
-    resume: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NewSession:
-    """Draw a new session and say hello in it; answered by Welcomed."""
-
-
-@dataclass(frozen=True, slots=True)
-class BeginAnew:
-    """Trust no dirty log: make every page pending. Always after Abandon, or at the very start."""
-
-
-@dataclass(frozen=True, slots=True)
-class FetchKnown:
-    """Ask the standby for the digests of the pages it has; answered by KnownPages."""
-
-
-@dataclass(frozen=True, slots=True)
-class LiveRound:
-    arena: int
-    epoch: int
-    part: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Take an epoch. `close_output` is false where the buffer cannot tell one more closed epoch apart."""
-
-    arena: int
-    epoch: int
-    part: int
-    close_output: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ship:
-    arena: int
-    epoch: int
-    part: int
-    final: bool
-    ranges: tuple[tuple[int, int], ...] | None = None  # None: all of it
-
-
-@dataclass(frozen=True, slots=True)
-class AskMissing:
-    epoch: int
-    part: int
-
-
-@dataclass(frozen=True, slots=True)
-class KeepDirt:
-    """A live part was acked: its arena is free, but its dirt stays ours until the epoch is acked."""
-
-    arena: int
-
-
-@dataclass(frozen=True, slots=True)
-class Settle:
-    """An epoch was acked: the dirt of all its parts is the standby's now, and its arena is free."""
-
-    arena: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """Stop shipping, drop all that is in flight, and give all its dirt back to pending."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    closed: int
-
-
-@dataclass(frozen=True, slots=True)
-class OpenOutput:
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class SayRetire:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SayEnd:
-    reason: EndReason
-
-
-@dataclass(frozen=True, slots=True)
-class ProveStandbyGone:
-    """Answered by StandbyGone."""
-
-
-@dataclass(frozen=True, slots=True)
-class PauseGuest:
-    """Stop the guest for good on this side: the other side runs it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    exit_code: int
-    text: str
-
-
-Instruction = (
-    SayHello | NewSession | BeginAnew | FetchKnown | LiveRound | Pause | Ship | AskMissing | KeepDirt | Settle | Abandon
-    | Release | OpenOutput | SayRetire | SayEnd | ProveStandbyGone | PauseGuest | Alarm | Finish
-)  # fmt: skip
-
-# ---------------------------------------------------------------- the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,8 +98,7 @@ class Policy:
     # How long a standby may take to retire its replica before we leave with the output shut. It has to
     # wait for its commit worker at most, which holds one epoch.
     retire_timeout_ns: int = 5_000_000_000
-    # How often the missing frames of an unacked part are asked for: a lost connection shows as silence only
-    # where the frames were the last thing on it.
+    # How often a question that got no answer is asked again: what waited in a connection that ended is lost.
     ask_every_ns: int = 500_000_000
 
 
@@ -324,7 +119,9 @@ class Flight:
 class Protection:
     """See the module's docstring. Drive it with handle(); read `state`, `deadline()`, `reason`."""
 
-    def __init__(self, policy: Policy, first_epoch: int, now: int, *, output_shut: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, first_epoch: int, now: int, *, output_shut: bool = False
+    ) -> None:
         """`output_shut`: an engine before us left the guest's output shut."""
         self.policy = policy
         self.state = State.CONNECTING
@@ -346,6 +143,7 @@ class Protection:
         self._ended: EndReason | None = None
         # Of the state retiring: the word that waits for its answer, until when, and how the process ends then.
         self._last_word: SayRetire | SayEnd | None = None
+        self._said_ns = now
         self._retire_deadline = 0
         self._exit: tuple[int, str] = (0, "")
 
@@ -404,7 +202,9 @@ class Protection:
             case GuestEnded():
                 self._guest_ended(event, now, out)
             case StopAsked():
-                self._retire("stopped by its operator", 0, "stopped: the guest runs unprotected", now, out)
+                self._retire(
+                    "stopped by its operator", 0, "stopped: the guest runs unprotected", now, out
+                )
         self._ship_head(now, out)
         self._stage(now, out)
         return out
@@ -415,16 +215,28 @@ class Protection:
                 code, text = self._exit
                 unconfirmed = "; the secondary did not confirm that it retired its replica"
                 if self._ended is None:
-                    unconfirmed += ", so the guest's output stays shut until a primary protects it again"
+                    unconfirmed += (
+                        ", so the guest's output stays shut until a primary protects it again"
+                    )
                 self._finish(max(code, 1), text + unconfirmed, out)
+            elif self._last_word and now - self._said_ns > self.policy.ask_every_ns:
+                self._say(self._last_word, now, out)
             return
         silent_ns = now - event.heard_ns
         if self._standby_up and silent_ns > self.policy.standby_timeout_ns:
-            self._lose_standby(f"the secondary has been silent for {silent_ns // 1_000_000} ms", out)
-        elif not self._standby_up and event.heard_ns and silent_ns < self.policy.standby_timeout_ns // 2:
-            if self.state in (State.HOLDING, State.UNPROTECTED) and now - self._hello_ns > self.policy.ask_every_ns:
-                self._hello_ns = now
-                out.append(SayHello(resume=True))
+            self._lose_standby(
+                f"the secondary has been silent for {silent_ns // 1_000_000} ms", out
+            )
+        elif (
+            not self._standby_up
+            and event.heard_ns
+            and silent_ns < self.policy.standby_timeout_ns // 2
+        ) and (
+            self.state in (State.HOLDING, State.UNPROTECTED)
+            and now - self._hello_ns > self.policy.ask_every_ns
+        ):
+            self._hello_ns = now
+            out.append(SayHello(resume=True))
         head = self._flights[0] if self._flights else None
         if self._standby_up and head and head.shipped:
             if now - head.first_sent_ns > self.policy.ack_timeout_ns:
@@ -443,9 +255,12 @@ class Protection:
         self._progress_ns = now
         if self.state is State.RETIRING:
             if self._last_word:  # the first time it may have been lost with the connection
-                out.append(self._last_word)
+                self._say(self._last_word, now, out)
             return
-        if event.same_standby and self.state is not State.CONNECTING and self.state is not State.UNPROTECTED:
+        if self.state is not State.CONNECTING:
+            if not event.same_standby:
+                self._new_session("a new secondary: copying all memory", out)
+                return
             if self.state is State.HOLDING:
                 synced = self.acked_epoch is not None
                 self._enter(State.PROTECTED if synced else State.SYNCING, "the secondary is back")
@@ -456,7 +271,7 @@ class Protection:
                 out.append(AskMissing(head.epoch, head.part))
             return
         self.epoch = max(self.epoch, event.last_epoch)
-        self._begin_anew("copying all memory", out)
+        self._begin_anew(self.reason, out)
         if event.has_image:
             out.append(FetchKnown())
         else:
@@ -523,7 +338,11 @@ class Protection:
         # All of it is still in the arena: what arrived and what did not, the standby will say.
         head.shipped = True
         head.asked_ns = now
-        out.append(Alarm(f"shipping epoch {event.epoch} was cut short: {event.why}; will ship what is missing"))
+        out.append(
+            Alarm(
+                f"shipping epoch {event.epoch} was cut short: {event.why}; will ship what is missing"
+            )
+        )
 
     def _acked(self, event: Acked, now: int, out: list[Instruction]) -> None:
         head = self._head(event.epoch, event.part)
@@ -558,13 +377,13 @@ class Protection:
     def _rejected(self, event: ReplicaRejected, now: int, out: list[Instruction]) -> None:
         if self.state is State.RETIRING:
             return
-        out.append(Alarm(f"the secondary retired its replica: {event.reason}; beginning again with a full copy"))
+        out.append(
+            Alarm(
+                f"the secondary retired its replica: {event.reason}; beginning again with a full copy"
+            )
+        )
         self._open("the replica was retired", out)
-        out.append(Abandon())
-        self._reset_flights()
-        out.append(NewSession())
-        self._copying = False
-        self._enter(State.CONNECTING, "beginning again after a failed audit")
+        self._new_session("beginning again after a failed audit", out)
         self._progress_ns = now
 
     def _retired(self, out: list[Instruction]) -> None:
@@ -650,6 +469,13 @@ class Protection:
         if self.policy.run_without_standby:
             out.append(ProveStandbyGone())
 
+    def _new_session(self, reason: str, out: list[Instruction]) -> None:
+        out.append(Abandon())
+        self._reset_flights()
+        out.append(NewSession())
+        self._copying = False
+        self._enter(State.CONNECTING, reason)
+
     def _begin_anew(self, reason: str, out: list[Instruction]) -> None:
         out.append(Abandon())
         out.append(BeginAnew())
@@ -679,19 +505,27 @@ class Protection:
     def _retire(self, reason: str, code: int, text: str, now: int, out: list[Instruction]) -> None:
         if self.state is State.RETIRING:
             return
-        if self.state is State.UNPROTECTED or (self.state is State.CONNECTING and not self.output_shut):
+        if self.state is State.UNPROTECTED or (
+            self.state is State.CONNECTING and not self.output_shut
+        ):
             self._finish(code, text, out)
             return
         self._exit = (code, text)
         self._say_last(SayRetire(reason), reason, now, out)
 
-    def _say_last(self, word: SayRetire | SayEnd, reason: str, now: int, out: list[Instruction]) -> None:
+    def _say_last(
+        self, word: SayRetire | SayEnd, reason: str, now: int, out: list[Instruction]
+    ) -> None:
         out.append(Abandon())
         self._reset_flights()
         self._last_word = word
-        out.append(word)
+        self._say(word, now, out)
         self._retire_deadline = now + self.policy.retire_timeout_ns
         self._enter(State.RETIRING, reason)
+
+    def _say(self, word: SayRetire | SayEnd, now: int, out: list[Instruction]) -> None:
+        self._said_ns = now
+        out.append(word)
 
     def _finish(self, code: int, text: str, out: list[Instruction]) -> None:
         self._enter(State.OVER, text)

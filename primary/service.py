@@ -21,6 +21,7 @@ from checkpointd.native import DigestKey
 from checkpointd.wire import messages
 from checkpointd.wire.messages import SEED_BYTES
 
+from . import events as e
 from . import protection as p
 from .epoch import EpochTaker
 from .shipping import Known, Session, Shipper
@@ -68,7 +69,9 @@ class PrimaryService:
         term: int,
         first_epoch: int,
         reserve: Callable[[int], None],
-        control: Callable[[Callable[[messages.Message], None], Callable[[BaseException], None]], ControlLink],
+        control: Callable[
+            [Callable[[messages.Message], None], Callable[[BaseException], None]], ControlLink
+        ],
         bulk: BulkLink,
         watch: Callable[[HostIdentity], Fence],
         metrics: PrimaryMetrics,
@@ -80,7 +83,7 @@ class PrimaryService:
         self._watch = watch
         self._metrics = metrics
         self._draw_session()
-        self._events: queue.SimpleQueue[p.Event | Known | BaseException] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[e.Event | Known | BaseException] = queue.SimpleQueue()
         info = domain.info
         self._machine = p.Protection(
             p.Policy(
@@ -123,12 +126,13 @@ class PrimaryService:
         self._staged_at: dict[int, int] = {}
         self._output_read = 0.0
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
+        self.on_state: Callable[[str], object] | None = None
 
     # ------------------------------------------------------------ from other threads
 
     def stop(self) -> None:
         """End protection in order; run() returns once the secondary has retired its replica or the limit is over."""
-        self._events.put(p.StopAsked())
+        self._events.put(e.StopAsked())
 
     def status(self) -> dict[str, Any]:
         """A snapshot for people and programs; safe from any thread."""
@@ -192,20 +196,20 @@ class PrimaryService:
         try:
             event = self._events.get(timeout=wait / 1e9) if wait else self._events.get_nowait()
         except queue.Empty:
-            event = p.Tick(self._control.last_heard_ns)
+            event = e.Tick(self._control.last_heard_ns or 0)
         if isinstance(event, BaseException):
             raise event
         if isinstance(event, Known):
             self._taker.known = event.digests
-            event = p.KnownPages()
+            event = e.KnownPages()
         self._progress += 1
         self._handle(event)
         ended = self._domain.ended() if self._ending is None else None
         if ended is not None:
-            self._handle(p.GuestEnded(ended))
+            self._handle(e.GuestEnded(ended))
         self._observe()
 
-    def _handle(self, event: p.Event) -> None:
+    def _handle(self, event: e.Event) -> None:
         before = self._machine.state
         instructions = deque(self._machine.handle(event, time.monotonic_ns()))
         while instructions:
@@ -213,62 +217,73 @@ class PrimaryService:
             if follow_up is not None:
                 instructions.extend(self._machine.handle(follow_up, time.monotonic_ns()))
         if self._machine.state is not before:
-            log.info("%s -> %s%s", before, self._machine.state, f": {self._machine.reason}" * bool(self._machine.reason))
+            log.info(
+                "%s -> %s%s",
+                before,
+                self._machine.state,
+                f": {self._machine.reason}" * bool(self._machine.reason),
+            )
             self._metrics.state(str(self._machine.state))
+            if self.on_state:
+                self.on_state(str(self._machine.state))
             if self._machine.state is p.State.PROTECTED:
                 self._taker.known = None
 
-    def _perform(self, step: p.Instruction) -> p.Event | None:
+    def _perform(self, step: e.Instruction) -> e.Event | None:
         match step:
-            case p.Pause(arena, epoch, _, close_output):
+            case e.Pause(arena, epoch, _, close_output):
                 self._reserve(epoch)
                 return self._pause(arena, epoch, close_output=close_output)
-            case p.LiveRound(arena, epoch):
+            case e.LiveRound(arena, epoch):
                 self._reserve(epoch)
                 return self._live_round(arena)
-            case p.Ship(arena):
+            case e.Ship(arena):
                 self._shipper.ship(self._session, step, self._taker.frames(arena))
-            case p.KeepDirt(arena):
+            case e.KeepDirt(arena):
                 self._taker.dirty.keep(arena)
-            case p.Settle(arena, epoch):
+            case e.Settle(arena, epoch):
                 self._taker.dirty.settle(arena)
-                self._metrics.acked(epoch, time.monotonic_ns() - self._staged_at.pop(epoch, time.monotonic_ns()))
-            case p.Release(closed):
+                self._metrics.acked(
+                    epoch, time.monotonic_ns() - self._staged_at.pop(epoch, time.monotonic_ns())
+                )
+            case e.Release(closed):
                 faults.point("primary.before-release")
                 self._domain.output.release(closed)
                 faults.point("primary.after-release")
-            case p.Abandon():
+            case e.Abandon():
                 if not self._shipper.abandon(ABANDON_TIMEOUT):
-                    raise CheckpointdError("the shipping thread is stuck; ending, so that no arena is overwritten")
+                    raise CheckpointdError(
+                        "the shipping thread is stuck; ending, so that no arena is overwritten"
+                    )
                 self._taker.dirty.give_back()
                 self._staged_at.clear()
-            case p.NewSession():
+            case e.NewSession():
                 self._draw_session()
                 self._taker.key = self._session.key
                 self._control.hello(self._hello())
-            case p.BeginAnew():
+            case e.BeginAnew():
                 self._begin_anew()
-            case p.FetchKnown():
+            case e.FetchKnown():
                 self._shipper.fetch_known(self._session, self._domain.info.nr_pfns)
-            case p.OpenOutput(why):
+            case e.OpenOutput(why):
                 log.warning("the guest's output is open: %s", why)
                 self._domain.output.open()
-            case p.SayHello(resume):
+            case e.SayHello(resume):
                 self._control.hello(self._hello(resume=resume))
-            case p.AskMissing(epoch, part):
+            case e.AskMissing(epoch, part):
                 self._control.send(messages.Query(epoch, part))
-            case p.SayRetire(reason):
+            case e.SayRetire(reason):
                 self._control.send(messages.Retire(reason))
-            case p.SayEnd(end):
+            case e.SayEnd(end):
                 self._control.send(messages.End(end))
-            case p.ProveStandbyGone():
+            case e.ProveStandbyGone():
                 return self._prove_gone()
-            case p.PauseGuest():
+            case e.PauseGuest():
                 self._domain.pause()
-            case p.Alarm(text):
+            case e.Alarm(text):
                 log.error("%s", text)
                 self._metrics.alarm()
-            case p.Finish(code, text):
+            case e.Finish(code, text):
                 self._ending = Ending(code, text, self._domain.ended())
         return None
 
@@ -287,7 +302,7 @@ class PrimaryService:
         self._taker.known = None
         self._copied = 0
 
-    def _pause(self, arena: int, epoch: int, *, close_output: bool) -> p.Event:
+    def _pause(self, arena: int, epoch: int, *, close_output: bool) -> e.Event:
         faults.point("primary.before-pause")
         result = self._taker.take(arena, close_output=close_output)
         outcome = result.outcome
@@ -299,9 +314,9 @@ class PrimaryService:
         faults.point("primary.after-pause")
         self._staged_at[epoch] = time.monotonic_ns()
         pages = outcome.pages + outcome.zeros + outcome.gone
-        return p.Staged(arena, pages, result.left, outcome.closed_output if close_output else None)
+        return e.Staged(arena, pages, result.left, outcome.closed_output if close_output else None)
 
-    def _live_round(self, arena: int) -> p.Event:
+    def _live_round(self, arena: int) -> e.Event:
         faults.point("primary.before-round")
         result = self._taker.live_round(arena)
         outcome = result.outcome
@@ -309,28 +324,29 @@ class PrimaryService:
             return self._failed(result)
         self._metrics.live_round(outcome)
         self._copied = min(
-            self._copied + outcome.pages + outcome.zeros + outcome.known, self._domain.info.ram_pages
+            self._copied + outcome.pages + outcome.zeros + outcome.known,
+            self._domain.info.ram_pages,
         )
         if self.on_progress:
             self.on_progress(self._copied, self._domain.info.ram_pages)
-        return p.Staged(arena, outcome.pages + outcome.zeros + outcome.gone, result.left)
+        return e.Staged(arena, outcome.pages + outcome.zeros + outcome.gone, result.left)
 
-    def _failed(self, result: Result) -> p.Event:
+    def _failed(self, result: Result) -> e.Event:
         if result.overflow:
-            return p.Overflow(result.outcome.dirty)
+            return e.Overflow(result.outcome.dirty)
         ended = self._domain.ended()
         if ended is None and result.guest_gone:
             ended = EndReason.HOST_LOST
         if ended is not None:
-            return p.GuestEnded(ended)
+            return e.GuestEnded(ended)
         self._metrics.failed()
-        return p.StageFailed(result.describe())
+        return e.StageFailed(result.describe())
 
-    def _prove_gone(self) -> p.StandbyGone:
+    def _prove_gone(self) -> e.StandbyGone:
         if self._standby_watch is None:
-            return p.StandbyGone(proved=False, detail="it was never met")
+            return e.StandbyGone(proved=False, detail="it was never met")
         result = self._standby_watch.fence(GONE_TIMEOUT)
-        return p.StandbyGone(proved=result.fenced, detail=result.detail)
+        return e.StandbyGone(proved=result.fenced, detail=result.detail)
 
     def _hello(self, *, resume: bool = False) -> messages.Hello:
         return messages.Hello(
@@ -347,27 +363,27 @@ class PrimaryService:
     # ------------------------------------------------------------ messages, on the link's thread
 
     def _deliver(self, message: messages.Message) -> None:
-        event: p.Event | None = None
+        event: e.Event | None = None
         match message:
             case messages.Welcome():
                 event = self._welcomed(message)
             case messages.Refused():
-                event = p.Refused(message.code, message.text)
+                event = e.Refused(message.code, message.text)
             case messages.Ack():
-                event = p.Acked(message.epoch, message.part)
+                event = e.Acked(message.epoch, message.part)
             case messages.Missing():
-                event = p.Lacking(message.epoch, message.part, message.ranges)
+                event = e.Lacking(message.epoch, message.part, message.ranges)
             case messages.FullCopyWanted():
-                event = p.ReplicaRejected(message.reason)
+                event = e.ReplicaRejected(message.reason)
             case messages.Retired():
-                event = p.Retired()
+                event = e.Retired()
             case messages.Committed():
                 self._committed = message.epoch
                 self._metrics.committed(message.epoch, message.commit_ns)
         if event is not None:
             self._events.put(event)
 
-    def _welcomed(self, message: messages.Welcome) -> p.Event:
+    def _welcomed(self, message: messages.Welcome) -> e.Event:
         same = self._standby == message.secondary
         if not same:
             if self._standby_watch is not None:
@@ -375,12 +391,14 @@ class PrimaryService:
             self._standby = message.secondary
             self._standby_watch = self._watch(message.secondary)
         if self._options.arena > message.epoch_limit_bytes:
-            return p.Refused(
+            return e.Refused(
                 "memory",
                 f"the secondary keeps at most {message.epoch_limit_bytes} octets of an epoch; make --arena no larger "
                 "or its --epoch-memory larger",
             )
-        return p.Welcomed(same_standby=same, has_image=message.has_image, last_epoch=message.last_epoch)
+        return e.Welcomed(
+            same_standby=same, has_image=message.has_image, last_epoch=message.last_epoch
+        )
 
     # ------------------------------------------------------------ looking after things
 
@@ -405,5 +423,3 @@ class PrimaryService:
         if self._standby_watch is not None:
             self._standby_watch.close()
         self._taker.close()
-
-

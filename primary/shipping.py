@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from checkpointd import faults
 from checkpointd.errors import CheckpointdError
 from checkpointd.wire.frames import NO_DIGEST, Header, Kind, PartEnd, check_digest, seal
+from checkpointd.wire.initiator import LinkTimeoutError
 
-from .protection import Ship, Shipped, ShipFailed
+from .events import Ship, ShipFailed, Shipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,7 +161,9 @@ class Shipper:
         octets = sum(frame.payload.nbytes for frame in job.frames)
         faults.point("ship.end")
         end = PartEnd(len(job.frames), ship.final, octets).pack()
-        self._send(seal(self._header(job, Kind.PART_END, len(job.frames)), end, job.session.key), end)
+        self._send(
+            seal(self._header(job, Kind.PART_END, len(job.frames)), end, job.session.key), end
+        )
         waited = 0.0
         while not self._link.wait_released(SLICE):
             waited += SLICE
@@ -178,12 +181,18 @@ class Shipper:
 
     def _send(self, header: Header, payload: bytes | memoryview) -> None:
         waited = 0.0
-        while not self._link.send(header, payload, timeout_s=SLICE):
-            waited += SLICE
-            self._check_abandoned()
-            if waited >= SEND_TIMEOUT:
-                self._link.abandon()
-                raise CheckpointdError(f"the secondary has taken no frame for {SEND_TIMEOUT:.0f} s")
+        while True:
+            try:
+                self._link.send(header, payload, timeout_s=SLICE)
+                break
+            except LinkTimeoutError as error:
+                waited += SLICE
+                self._check_abandoned()
+                if waited >= SEND_TIMEOUT:
+                    self._link.abandon()  # what is half sent will be missed, and asked for
+                    raise CheckpointdError(
+                        f"no frame taken for {SEND_TIMEOUT:.0f} s: {error}"
+                    ) from error
         self._count_sent(header.length)
 
     def _check_abandoned(self) -> None:
@@ -202,7 +211,11 @@ class Shipper:
                 waited += SLICE
                 continue
             header, payload = received
-            if (header.kind, header.session, header.term) != (Kind.DIGESTS, session.number, session.term):
+            if (header.kind, header.session, header.term) != (
+                Kind.DIGESTS,
+                session.number,
+                session.term,
+            ):
                 continue
             check_digest(header, payload, session.key)
             (first,) = struct.unpack_from("<Q", payload)

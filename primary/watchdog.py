@@ -17,7 +17,8 @@ EXIT_STUCK = 70  # EX_SOFTWARE of sysexits(3): the engine itself is at fault
 
 class Watchdog:
     """If `progress` shows the same number for `limit` seconds the process ends at once: a stuck call into the
-    hypervisor cannot be interrupted, and dying is what makes the host resume the guest with its output shut."""
+    hypervisor cannot be interrupted, and dying is what makes the host resume the guest with its output shut.
+    """
 
     def __init__(
         self, limit: float, progress: Callable[[], int], end: Callable[[int], object] = os._exit
@@ -40,6 +41,8 @@ class Watchdog:
         while not self._stopped.wait(self._limit):
             now = self._progress()
             if now == seen:
-                log.critical("no progress for %.0f s: ending, so that the guest is not held", self._limit)
+                log.critical(
+                    "no progress for %.0f s: ending, so that the guest is not held", self._limit
+                )
                 self._end(EXIT_STUCK)
             seen = now

@@ -16,7 +16,10 @@ def boot_id() -> str:
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of process `pid`: proc(5), field 22 of /proc/PID/stat. None: no such process."""
+    """Clock ticks from boot to the start of process `pid`; None: no such process.
+
+    proc(5), field 22 of /proc/PID/stat.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):

@@ -61,7 +61,8 @@ class DomainInfo:
 
 class Domain(Protocol):
     """One guest, attached to by one engine. Closing it, or dying, detaches: the host then drops all mappings,
-    ends the dirty log, resumes the guest if it was suspended, and leaves its output shut if it was."""
+    ends the dirty log, resumes the guest if it was suspended, and leaves its output shut if it was.
+    """
 
     @property
     def info(self) -> DomainInfo: ...
@@ -105,7 +106,8 @@ class Incoming(Protocol):
     def start(self, context: bytes, populated: bytes, *, paused: bool = False) -> DomainInfo:
         """Load the tail records `context`, take the guest's network address, run it, and let go of it: from
         here on it outlives this process. `populated` has bit p (little endian u64 words) for each pfn with
-        memory behind it. Raises HypervisorError if the address is not free."""
+        memory behind it. Raises HypervisorError if the address is not free.
+        """
         ...
 
     def discard(self) -> None: ...
@@ -129,5 +131,6 @@ class Hypervisor(Protocol):
 
     def prepare(self, info: DomainInfo, memory_fd: int) -> Incoming:
         """Build a domain like `info` over the replica image `memory_fd` (pfn p at octet p * PAGE_SIZE, the
-        file at least nr_pfns pages long). The image may still change until start() is called."""
+        file at least nr_pfns pages long). The image may still change until start() is called.
+        """
         ...

@@ -38,7 +38,8 @@ class OutputBuffer(Protocol):
 
     def open(self) -> None:
         """Let everything out, now and from now on. Only after the secondary has retired its replica or was
-        fenced, or for a guest that was never protected."""
+        fenced, or for a guest that was never protected.
+        """
         ...
 
     def stats(self) -> OutputStats: ...

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
-from checkpointd.hypervisor.port import EndReason
-from checkpointd.primary import protection as p
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
+from checkpointd.hypervisor.port import EndReason
+from checkpointd.primary import events as e
+from checkpointd.primary import protection as p
 
 MS = 1_000_000
 PAGES = 6
@@ -92,7 +94,7 @@ class Driver(RuleBasedStateMachine):
         self.snapshots: dict[int, dict[int, int]] = {}  # output epoch -> guest at its close
         self.released = 0
         self.shut = False
-        self.finished: p.Finish | None = None
+        self.finished: e.Finish | None = None
         self.synced = False  # the standby holds every page the engine does not
         self.machine = p.Protection(
             policy(output_depth=self.depth, run_without_standby=self.run_without), 1, self.now
@@ -102,20 +104,20 @@ class Driver(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------- performing
 
-    def feed(self, event: p.Event) -> None:
+    def feed(self, event: e.Event) -> None:
         todo = list(self.machine.handle(event, self.now))
         while todo:
             follow = self.perform(todo.pop(0))
             if follow is not None:
                 todo += self.machine.handle(follow, self.now)
 
-    def stage(self, arena: int, part: int, epoch: int, *, final: bool, close: bool) -> p.Event:
+    def stage(self, arena: int, part: int, epoch: int, *, final: bool, close: bool) -> e.Event:
         assert not self.in_use[arena], "staged into an arena that is in use"
         assert not self.carried[arena], "an arena is staged into while it owns dirt"
         self.pending |= self.log
         self.log = set()
         if final and len(self.pending) > ARENA_PAGES:
-            return p.Overflow(len(self.pending))
+            return e.Overflow(len(self.pending))
         taken = set(sorted(self.pending)[:ARENA_PAGES])
         self.pending -= taken
         self.carried[arena] = taken
@@ -128,36 +130,40 @@ class Driver(RuleBasedStateMachine):
         if taken or final:
             self.in_use[arena] = True
             self.arenas[arena] = Part(epoch, part, final, {n: self.guest[n] for n in taken}, closed)
-        return p.Staged(arena, len(taken), len(self.pending), closed)
+        return e.Staged(arena, len(taken), len(self.pending), closed)
 
-    def perform(self, step: p.Instruction) -> p.Event | None:  # noqa: C901 - one arm an instruction
+    def perform(self, step: e.Instruction) -> e.Event | None:
         match step:
-            case p.LiveRound(arena, epoch, part):
+            case e.LiveRound(arena, epoch, part):
                 return self.stage(arena, part, epoch, final=False, close=False)
-            case p.Pause(arena, epoch, part, close):
+            case e.Pause(arena, epoch, part, close):
                 return self.stage(arena, part, epoch, final=True, close=close)
-            case p.Ship(arena, epoch, part, final):
+            case e.Ship(arena, epoch, part, final):
                 staged = self.arenas[arena]
                 assert staged is not None
                 assert (staged.epoch, staged.part, staged.final) == (epoch, part, final)
                 assert self.wire is None, "two parts on the wire at once"
                 self.wire = staged
-            case p.KeepDirt(arena):
+            case e.KeepDirt(arena):
                 self.unsettled |= self.carried[arena]
                 self.carried[arena] = set()
                 self.free(arena)
-            case p.Settle(arena):
+            case e.Settle(arena):
                 self.carried[arena] = set()
                 self.unsettled = set()
                 self.free(arena)
-            case p.Release(closed):
+            case e.Release(closed):
                 assert self.standby.committed is not None
                 snapshot = self.snapshots[closed]
                 assert closed > self.released
                 self.released = closed
-                newest = max((n for n, s in self.snapshots.items() if s == self.standby.committed), default=0)
-                assert snapshot == self.standby.committed or newest > closed, "output released before its ack"
-            case p.Abandon():
+                newest = max(
+                    (n for n, s in self.snapshots.items() if s == self.standby.committed), default=0
+                )
+                assert snapshot == self.standby.committed or newest > closed, (
+                    "output released before its ack"
+                )
+            case e.Abandon():
                 self.wire = self.unreported = None
                 self.acks = []
                 self.pending |= self.carried[0] | self.carried[1] | self.unsettled
@@ -165,17 +171,19 @@ class Driver(RuleBasedStateMachine):
                 self.unsettled = set()
                 for arena in (0, 1):
                     self.free(arena)
-            case p.BeginAnew():
+            case e.BeginAnew():
                 self.pending = set(range(PAGES))
                 self.synced = True
-            case p.OpenOutput():
-                assert self.standby.retired or not self.standby_alive, "output opened beside a live replica"
+            case e.OpenOutput():
+                assert self.standby.retired or not self.standby_alive, (
+                    "output opened beside a live replica"
+                )
                 self.shut = False
-            case p.ProveStandbyGone():
+            case e.ProveStandbyGone():
                 self.prove_gone += 1
-            case p.SayRetire() | p.SayEnd():
+            case e.SayRetire() | e.SayEnd():
                 self.said_last = True
-            case p.Finish():
+            case e.Finish():
                 self.finished = step
         return None
 
@@ -188,7 +196,7 @@ class Driver(RuleBasedStateMachine):
 
     @initialize(image=st.booleans())
     def meet(self, image: bool) -> None:
-        self.feed(p.Welcomed(same_standby=False, has_image=image))
+        self.feed(e.Welcomed(same_standby=False, has_image=image))
 
     @rule(page=st.integers(0, PAGES - 1))
     def guest_writes(self, page: int) -> None:
@@ -201,11 +209,11 @@ class Driver(RuleBasedStateMachine):
         self.now += ms * MS
         if heard and self.standby_alive:
             self.heard = self.now
-        self.feed(p.Tick(self.heard))
+        self.feed(e.Tick(self.heard))
 
     @rule()
     def digests_arrive(self) -> None:
-        self.feed(p.KnownPages())
+        self.feed(e.KnownPages())
 
     @precondition(lambda self: self.wire and self.standby_alive and not self.standby.retired)
     @rule(report_first=st.booleans())
@@ -214,7 +222,7 @@ class Driver(RuleBasedStateMachine):
         part, self.wire = self.wire, None
         self.standby.receive(part)
         if report_first:
-            self.feed(p.Shipped(part.epoch, part.part))
+            self.feed(e.Shipped(part.epoch, part.part))
         else:
             self.unreported = part
         self.acks.append(part)
@@ -224,33 +232,33 @@ class Driver(RuleBasedStateMachine):
     def part_is_lost(self) -> None:
         assert self.wire is not None
         part, self.wire = self.wire, None
-        self.feed(p.ShipFailed(part.epoch, part.part, "cut"))
+        self.feed(e.ShipFailed(part.epoch, part.part, "cut"))
 
     @precondition(lambda self: self.unreported)
     @rule()
     def shipper_reports(self) -> None:
         assert self.unreported is not None
         part, self.unreported = self.unreported, None
-        self.feed(p.Shipped(part.epoch, part.part))
+        self.feed(e.Shipped(part.epoch, part.part))
 
     @precondition(lambda self: self.acks and self.standby_alive)
     @rule(keep=st.booleans())
     def ack_arrives(self, keep: bool) -> None:
         part = self.acks[0] if keep else self.acks.pop(0)
-        self.feed(p.Acked(part.epoch, part.part))
+        self.feed(e.Acked(part.epoch, part.part))
 
     @precondition(lambda self: self.standby_alive and not self.standby.retired)
     @rule()
     def standby_asks_again(self) -> None:
         head = self.machine._flights[0] if self.machine._flights else None
         if head and self.wire is None and self.unreported is None and not self.acks:
-            self.feed(p.Lacking(head.epoch, head.part, None))
+            self.feed(e.Lacking(head.epoch, head.part, None))
 
     @precondition(lambda self: self.standby_alive and not self.standby.retired)
     @rule()
     def connection_returns(self) -> None:
         self.heard = self.now
-        self.feed(p.Welcomed(same_standby=True, has_image=True))
+        self.feed(e.Welcomed(same_standby=True, has_image=True))
 
     @precondition(lambda self: self.standby_alive)
     @rule()
@@ -263,39 +271,46 @@ class Driver(RuleBasedStateMachine):
     @rule(image=st.booleans())
     def standby_is_replaced(self, image: bool) -> None:
         self.standby, self.standby_alive, self.heard = Standby(), True, self.now
-        self.feed(p.Welcomed(same_standby=False, has_image=image, last_epoch=0))
+        self.synced = False
+        self.feed(e.Welcomed(same_standby=False, has_image=image))
+        if self.machine.state is p.State.CONNECTING:  # it wants a session of its own
+            self.feed(e.Welcomed(same_standby=True, has_image=image))
 
     @precondition(lambda self: self.prove_gone)
     @rule()
     def standby_is_looked_for(self) -> None:
         self.prove_gone = 0
-        self.feed(p.StandbyGone(proved=not self.standby_alive, detail="looked"))
+        self.feed(e.StandbyGone(proved=not self.standby_alive, detail="looked"))
 
-    @precondition(lambda self: self.standby_alive and self.standby.committed is not None and not self.said_last)
+    @precondition(
+        lambda self: (
+            self.standby_alive and self.standby.committed is not None and not self.said_last
+        )
+    )
     @rule()
     def audit_fails(self) -> None:
         self.standby = Standby(retired=True)
         self.acks = []
-        self.feed(p.ReplicaRejected("digest differs"))
+        self.feed(e.ReplicaRejected("digest differs"))
         self.standby.retired = False
         self.synced = False
         if self.machine.state is p.State.CONNECTING:
-            self.feed(p.Welcomed(same_standby=True, has_image=False))
+            self.feed(e.Welcomed(same_standby=True, has_image=False))
 
     @rule()
     def hypervisor_fails(self) -> None:
-        self.feed(p.StageFailed("harvest failed: Input/output error"))
+        self.feed(e.StageFailed("harvest failed: Input/output error"))
 
     @precondition(lambda self: self.said_last and self.standby_alive)
     @rule()
     def standby_retires(self) -> None:
         self.standby = Standby(retired=True)
-        self.feed(p.Retired())
+        self.feed(e.Retired())
 
     @precondition(lambda self: self.version > 12)
     @rule()
     def operator_stops(self) -> None:
-        self.feed(p.StopAsked())
+        self.feed(e.StopAsked())
 
     # ---------------------------------------------------------------- what must hold
 
@@ -326,7 +341,9 @@ TestDriver = Driver.TestCase
 TestDepthOne = DepthOne.TestCase
 TestRunWithout = RunWithout.TestCase
 for case in (TestDriver, TestDepthOne, TestRunWithout):
-    case.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True)
+    case.settings = settings(
+        max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
+    )
 
 
 # -------------------------------------------------------------------- single stories
@@ -334,139 +351,157 @@ for case in (TestDriver, TestDepthOne, TestRunWithout):
 
 def welcomed(**changes: object) -> p.Protection:
     machine = p.Protection(policy(**changes), 1, 0)
-    machine.handle(p.Welcomed(same_standby=False, has_image=False), 0)
+    machine.handle(e.Welcomed(same_standby=False, has_image=False), 0)
     return machine
 
 
 def protected(**changes: object) -> p.Protection:
     """A machine that has just had its first epoch acked."""
     machine = welcomed(**changes)
-    steps = machine.handle(p.Staged(0, 0, 0), 0)
-    (pause,) = [step for step in steps if isinstance(step, p.Pause)]
-    machine.handle(p.Staged(pause.arena, 1, 0, closed=1), 0)
-    machine.handle(p.Shipped(pause.epoch, pause.part), 0)
-    machine.handle(p.Acked(pause.epoch, pause.part), 0)
+    steps = machine.handle(e.Staged(0, 0, 0), 0)
+    (pause,) = [step for step in steps if isinstance(step, e.Pause)]
+    machine.handle(e.Staged(pause.arena, 1, 0, closed=1), 0)
+    machine.handle(e.Shipped(pause.epoch, pause.part), 0)
+    machine.handle(e.Acked(pause.epoch, pause.part), 0)
     assert machine.state is p.State.PROTECTED
     return machine
 
 
-def kinds(steps: list[p.Instruction]) -> list[type]:
+def kinds(steps: list[e.Instruction]) -> list[type]:
     return [type(step) for step in steps]
 
 
 def test_a_new_engine_sends_everything() -> None:
-    steps = p.Protection(policy(), 7, 0).handle(p.Welcomed(same_standby=False, has_image=True, last_epoch=40), 0)
-    assert kinds(steps) == [p.Abandon, p.BeginAnew, p.FetchKnown]
+    steps = p.Protection(policy(), 7, 0).handle(
+        e.Welcomed(same_standby=False, has_image=True, last_epoch=40), 0
+    )
+    assert kinds(steps) == [e.Abandon, e.BeginAnew, e.FetchKnown]
 
 
 def test_abandoning_frees_every_arena() -> None:
     machine = protected()
     for at in (100, 200):
-        (pause,) = [s for s in machine.handle(p.Tick(at * MS), at * MS) if isinstance(s, p.Pause)]
-        machine.handle(p.Staged(pause.arena, 1, 0, closed=at), at * MS)
-    machine.handle(p.Welcomed(same_standby=False, has_image=False), 300 * MS)
-    arenas = set()
-    for _ in range(2):
-        (part,) = [s for s in machine.handle(p.Tick(), 300 * MS) if isinstance(s, p.LiveRound)] or [None]
-        if part:
-            arenas.add(part.arena)
-            machine.handle(p.Staged(part.arena, 1, ARENA_PAGES), 300 * MS)
+        (pause,) = [s for s in machine.handle(e.Tick(at * MS), at * MS) if isinstance(s, e.Pause)]
+        machine.handle(e.Staged(pause.arena, 1, 0, closed=at), at * MS)
+    assert kinds(machine.handle(e.Welcomed(same_standby=False, has_image=False), 300 * MS)) == [
+        e.Abandon,
+        e.NewSession,
+    ]
+    arenas = {
+        step.arena
+        for step in machine.handle(e.Welcomed(same_standby=True, has_image=False), 300 * MS)
+        if isinstance(step, e.LiveRound)
+    }
+    machine.handle(e.Staged(0, 1, ARENA_PAGES), 300 * MS)
+    arenas |= {
+        step.arena for step in machine.handle(e.Tick(), 300 * MS) if isinstance(step, e.LiveRound)
+    }
     assert arenas == {0, 1}
 
 
 def test_a_failed_audit_opens_a_new_session_and_copies_everything() -> None:
     machine = protected()
-    assert kinds(machine.handle(p.ReplicaRejected("differs"), 0)) == [p.Alarm, p.OpenOutput, p.Abandon, p.NewSession]
-    steps = machine.handle(p.Welcomed(same_standby=True, has_image=False), 0)
-    assert kinds(steps)[:3] == [p.Abandon, p.BeginAnew, p.LiveRound]
+    assert kinds(machine.handle(e.ReplicaRejected("differs"), 0)) == [
+        e.Alarm,
+        e.OpenOutput,
+        e.Abandon,
+        e.NewSession,
+    ]
+    steps = machine.handle(e.Welcomed(same_standby=True, has_image=False), 0)
+    assert kinds(steps)[:3] == [e.Abandon, e.BeginAnew, e.LiveRound]
 
 
 def test_epoch_numbers_go_on_above_what_the_standby_has_seen() -> None:
     machine = p.Protection(policy(), 7, 0)
-    machine.handle(p.Welcomed(same_standby=False, has_image=False, last_epoch=40), 0)
+    machine.handle(e.Welcomed(same_standby=False, has_image=False, last_epoch=40), 0)
     assert machine.epoch > 40
 
 
 def test_the_interval_is_between_starts() -> None:
     machine = protected()
     assert machine.deadline() == 100 * MS
-    assert not machine.handle(p.Tick(99 * MS), 99 * MS)
-    assert kinds(machine.handle(p.Tick(100 * MS), 100 * MS)) == [p.Pause]
+    assert not machine.handle(e.Tick(99 * MS), 99 * MS)
+    assert kinds(machine.handle(e.Tick(100 * MS), 100 * MS)) == [e.Pause]
 
 
 def test_no_arena_no_epoch() -> None:
     machine = protected()
     for at in (100, 200):
-        (pause,) = [s for s in machine.handle(p.Tick(at * MS), at * MS) if isinstance(s, p.Pause)]
-        machine.handle(p.Staged(pause.arena, 1, 0, closed=at), at * MS)
+        (pause,) = [s for s in machine.handle(e.Tick(at * MS), at * MS) if isinstance(s, e.Pause)]
+        machine.handle(e.Staged(pause.arena, 1, 0, closed=at), at * MS)
     assert machine.deadline() is None
-    assert not [s for s in machine.handle(p.Tick(300 * MS), 300 * MS) if isinstance(s, p.Pause)]
+    assert not [s for s in machine.handle(e.Tick(300 * MS), 300 * MS) if isinstance(s, e.Pause)]
 
 
 def test_an_ack_before_zeromq_let_go_does_not_free_the_arena() -> None:
     machine = protected()
-    (pause,) = machine.handle(p.Tick(100 * MS), 100 * MS)
-    assert isinstance(pause, p.Pause)
-    machine.handle(p.Staged(pause.arena, 1, 0, closed=2), 100 * MS)
-    assert machine.handle(p.Acked(pause.epoch, pause.part), 101 * MS) == []
-    assert kinds(machine.handle(p.Shipped(pause.epoch, pause.part), 102 * MS)) == [p.Settle, p.Release]
+    (pause,) = machine.handle(e.Tick(100 * MS), 100 * MS)
+    assert isinstance(pause, e.Pause)
+    machine.handle(e.Staged(pause.arena, 1, 0, closed=2), 100 * MS)
+    assert machine.handle(e.Acked(pause.epoch, pause.part), 101 * MS) == []
+    assert kinds(machine.handle(e.Shipped(pause.epoch, pause.part), 102 * MS)) == [
+        e.Settle,
+        e.Release,
+    ]
 
 
 def test_silence_holds_and_the_standby_returns_with_its_memory() -> None:
     machine = protected()
-    (pause,) = machine.handle(p.Tick(100 * MS), 100 * MS)
-    assert isinstance(pause, p.Pause)
-    machine.handle(p.Staged(pause.arena, 1, 0, closed=2), 100 * MS)
-    assert kinds(machine.handle(p.Tick(100 * MS), 1200 * MS)) == [p.Alarm]
+    (pause,) = machine.handle(e.Tick(100 * MS), 100 * MS)
+    assert isinstance(pause, e.Pause)
+    machine.handle(e.Staged(pause.arena, 1, 0, closed=2), 100 * MS)
+    assert kinds(machine.handle(e.Tick(100 * MS), 1200 * MS)) == [e.Alarm]
     assert machine.state is p.State.HOLDING
-    steps = machine.handle(p.Welcomed(same_standby=True, has_image=True), 1300 * MS)
-    assert p.AskMissing(pause.epoch, pause.part) in steps
+    steps = machine.handle(e.Welcomed(same_standby=True, has_image=True), 1300 * MS)
+    assert e.AskMissing(pause.epoch, pause.part) in steps
     assert machine.state.value == "protected"
 
 
 def test_giving_up_waits_for_the_replica_to_be_retired() -> None:
     machine = welcomed(max_live_rounds=1)
     for _ in range(4):
-        steps = machine.handle(p.Staged(0, ARENA_PAGES, 0), 0)
-        machine.handle(p.Shipped(machine.epoch, machine.part - 1), 0)
-        machine.handle(p.Acked(machine.epoch, machine.part - 1), 0)
-        steps = machine.handle(p.Overflow(PAGES), 0)
+        steps = machine.handle(e.Staged(0, ARENA_PAGES, 0), 0)
+        machine.handle(e.Shipped(machine.epoch, machine.part - 1), 0)
+        machine.handle(e.Acked(machine.epoch, machine.part - 1), 0)
+        steps = machine.handle(e.Overflow(PAGES), 0)
         if machine.state is p.State.RETIRING:
             break
-    assert p.SayRetire in kinds(steps)
-    assert p.OpenOutput not in kinds(steps)
-    steps = machine.handle(p.Retired(), 1)
-    assert kinds(steps) == [p.OpenOutput, p.Finish]
-    assert isinstance(steps[1], p.Finish)
+    assert e.SayRetire in kinds(steps)
+    assert e.OpenOutput not in kinds(steps)
+    steps = machine.handle(e.Retired(), 1)
+    assert kinds(steps) == [e.OpenOutput, e.Finish]
+    assert isinstance(steps[1], e.Finish)
     assert steps[1].exit_code == ProtectionLostError.exit_code
 
 
 def test_unconfirmed_retirement_leaves_the_output_shut() -> None:
     machine = protected()
-    machine.handle(p.StopAsked(), 10 * MS)
-    steps = machine.handle(p.Tick(10 * MS), 6000 * MS)
-    assert kinds(steps) == [p.Finish]
-    assert isinstance(steps[0], p.Finish)
+    machine.handle(e.StopAsked(), 10 * MS)
+    steps = machine.handle(e.Tick(10 * MS), 6000 * MS)
+    assert kinds(steps) == [e.Finish]
+    assert isinstance(steps[0], e.Finish)
     assert steps[0].exit_code == 1
     assert "stays shut" in steps[0].text
 
 
-@pytest.mark.parametrize("reason", [EndReason.POWEROFF, EndReason.DESTROYED, EndReason.REBOOT, EndReason.CRASH])
+@pytest.mark.parametrize(
+    "reason", [EndReason.POWEROFF, EndReason.DESTROYED, EndReason.REBOOT, EndReason.CRASH]
+)
 def test_a_guest_that_ends_on_purpose_is_announced(reason: EndReason) -> None:
     machine = protected()
-    assert p.SayEnd(reason) in machine.handle(p.GuestEnded(reason), 0)
-    steps = machine.handle(p.Retired(), 0)
-    assert kinds(steps) == [p.Finish]
+    assert e.SayEnd(reason) in machine.handle(e.GuestEnded(reason), 0)
+    steps = machine.handle(e.Retired(), 0)
+    assert kinds(steps) == [e.Finish]
 
 
 def test_a_lost_host_is_met_with_silence() -> None:
-    (finish,) = protected().handle(p.GuestEnded(EndReason.HOST_LOST), 0)
-    assert isinstance(finish, p.Finish)
+    (finish,) = protected().handle(e.GuestEnded(EndReason.HOST_LOST), 0)
+    assert isinstance(finish, e.Finish)
     assert finish.exit_code == HostLostError.exit_code
 
 
 def test_where_the_other_side_runs_the_guest_it_stays_paused_here() -> None:
-    steps = protected().handle(p.Refused("active", "term 2 runs it"), 0)
-    assert kinds(steps) == [p.PauseGuest, p.Finish]
-    assert isinstance(steps[1], p.Finish)
+    steps = protected().handle(e.Refused("active", "term 2 runs it"), 0)
+    assert kinds(steps) == [e.PauseGuest, e.Finish]
+    assert isinstance(steps[1], e.Finish)
     assert steps[1].exit_code == RefusedError.exit_code
