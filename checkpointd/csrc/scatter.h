@@ -1,0 +1,54 @@
+/*
+ * The standby's side: from the records of an epoch into the image of a guest (pfn p at octet p *
+ * 4096).
+ *
+ * A record or list is checked once, when it arrives (ck_record_check, ck_words_check); after that
+ * nothing here can fail, which is what lets an ack be a promise (invariant 1). No function writes
+ * outside the image and the bitmap, provided that the check passed with the same nr_pfns.
+ *
+ * Invariant of image and `populated`: the memory of a page that is not populated is all zero.
+ */
+#ifndef CHECKPOINTD_SCATTER_H
+#define CHECKPOINTD_SCATTER_H
+
+#include <stdint.h>
+
+/* Answers of the checks; each has its own text in native.py. */
+enum ck_fault {
+    CK_FAULT_NONE,
+    CK_FAULT_SHORT,    /* too short to hold the head */
+    CK_FAULT_TYPE,     /* not a PAGE_DATA record */
+    CK_FAULT_LENGTH,   /* the length field is not that of the buffer */
+    CK_FAULT_RESERVED, /* a reserved field is not zero */
+    CK_FAULT_COUNT,    /* no pfns, or more than fit */
+    CK_FAULT_WORD,     /* reserved bits of a pfn word are set */
+    CK_FAULT_KIND,     /* a page type that is reserved or never sent, or not for this list */
+    CK_FAULT_PFN,      /* beyond the guest */
+    CK_FAULT_DATA,     /* not as much page data as the types call for */
+};
+
+/* `at` is the index of the word at fault, where it is one. Reads `length` octets at most; any
+ * alignment. */
+enum ck_fault ck_record_check(const uint8_t *record, uint64_t length, uint64_t nr_pfns,
+                              uint64_t *at);
+
+/* A list of `count` pfn words alone: with_data, all of a type that has data; else all of one that
+ * has none. */
+enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data, uint64_t nr_pfns,
+                             uint64_t *at);
+
+/* Put the pages of a checked record in their places; those that it says have gone are dropped. */
+void ck_scatter(uint8_t *image, uint64_t *populated, const uint8_t *record);
+
+/* Make these pages zero and populated. */
+void ck_zero_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count);
+
+/* Take these pages away: zero and not populated. */
+void ck_drop_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count);
+
+/* Copy each page in `overlaid` from the overlay, an image of the same size, and mark it populated.
+ * */
+void ck_merge(uint8_t *image, const uint8_t *overlay, uint64_t nr_pfns, const uint64_t *overlaid,
+              uint64_t *populated);
+
+#endif
