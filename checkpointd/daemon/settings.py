@@ -37,11 +37,10 @@ PORT_LIMIT = 65535
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of value: how it is read (BadValueError if it cannot be) and shown."""
+    """A kind of value, and how it is read (BadValueError if it cannot be)."""
 
     metavar: str
     parse: Callable[[str], Any]
-    show: Callable[[Any], str] = str
     toml: type = str  # how it is written in a file
     bounds: str = ""
 
@@ -63,6 +62,9 @@ class Endpoint:
     control_port: int
     bulk_port: int
 
+    def __str__(self) -> str:
+        return f"{_bracketed(self.host)}:{self.control_port}:{self.bulk_port}"
+
 
 @dataclass(frozen=True, slots=True)
 class Listen:
@@ -70,6 +72,13 @@ class Listen:
 
     host: str
     port: int | None  # None: auto
+
+    def __str__(self) -> str:
+        return f"{_bracketed(self.host)}:{'auto' if self.port is None else self.port}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 class Options(Protocol):
@@ -108,7 +117,6 @@ def duration(low: str, high: str) -> Kind:
     return Kind(
         "TIME",
         lambda text: _bounded(least, most, format_duration, parse_duration(text)),
-        format_duration,
         bounds=f"{low} to {high}",
     )
 
@@ -119,7 +127,6 @@ def size(low: str, high: str) -> Kind:
     return Kind(
         "SIZE",
         lambda text: _bounded(least, most, format_size, parse_size(text)),
-        format_size,
         bounds=f"{low} to {high}",
     )
 
@@ -151,7 +158,7 @@ def switch() -> Kind:
             raise BadValueError(f"{text!r} is neither yes nor no")
         return words[text.lower()]
 
-    return Kind("yes|no", parse, lambda value: "yes" if value else "no", toml=bool)
+    return Kind("yes|no", parse, toml=bool)
 
 
 def text_value(metavar: str, pattern: str, meaning: str) -> Kind:
@@ -349,7 +356,7 @@ def _read_file(path: Path, role: str, table: Mapping[str, Setting], faults: Faul
         if type(value) is not kind.toml:  # not isinstance: a bool is an int to Python
             faults.add(where, f"{key} must be {_TOML_NAMES[kind.toml]}, not {value!r}", field)
         else:
-            given.append(Given(f"{where}: {key}", field, kind.show(value)))
+            given.append(Given(f"{where}: {key}", field, str(value)))
     return given
 
 
