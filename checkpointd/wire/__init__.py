@@ -1,1 +1,1 @@
-"""Our protocol between primary and secondary, on ZeroMQ; docs/wire-protocol.md is its specification."""
+"""Our protocol between primary and secondary, on ZeroMQ, specified in docs/wire-protocol.md."""

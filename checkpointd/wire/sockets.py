@@ -1,0 +1,239 @@
+"""The four sockets, with every option set on purpose (docs/wire-protocol.md, section 1).
+
+Nothing here is left to libzmq's defaults, which queue without bound, linger for ever and let anyone
+in.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import resource
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import zmq
+
+from checkpointd.errors import UsageError, WireError
+from checkpointd.wire.frames import BULK_PAYLOAD_MAX, CONTROL_PAYLOAD_MAX
+
+if TYPE_CHECKING:
+    from checkpointd.wire.keys import KeyPair
+
+Socket: TypeAlias = "zmq.Socket[bytes]"
+Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
+
+CONTROL_PORT: Final = 10946
+BULK_PORT: Final = 10947
+ZAP_DOMAIN: Final = b"checkpointd"
+
+# CURVE wraps each frame in 33 octets (ZeroMQ RFC 26: name 8, nonce 8, box 16, flags 1), and the
+# limit is on the wrapped frame; 64 leaves some room.
+CURVE_OVERHEAD: Final = 64
+
+# Times in ms. A handshake is 2 round trips and one question to our own thread: 2 s is far more than
+# any honest peer needs, and bounds how long a stranger holds a descriptor.
+HANDSHAKE_MS: Final = 2000
+CONNECT_MS: Final = 2000  # the kernel tries for two minutes, and misses that a peer is back
+RECONNECT_MS: Final = 100  # first retry; doubles up to
+RECONNECT_MAX_MS: Final = 1000
+# ZMTP heartbeats find a dead TCP connection so that libzmq makes a new one. They say nothing about
+# the guest.
+PING_MS: Final = 1000
+CONTROL_SILENCE_MS: Final = 3000
+# A busy receiver stops reading bulk, pongs included; cutting it off would only make it busier.
+BULK_SILENCE_MS: Final = 10_000
+
+# Messages that may wait in one direction. Control: more than are ever open at once. Bulk: 16 frames
+# of 1 MiB keep the wire busy; what is in flight is bounded in octets by BulkLink and by the epoch
+# limit.
+CONTROL_WAITING: Final = 64
+BULK_WAITING: Final = 16
+
+BACKLOG: Final = 256  # connections that the kernel may hold for us while the I/O thread is busy
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a secondary listens, and the key it must prove. Names are resolved to IPv4; IPv6 as a
+    literal.
+    """
+
+    host: str
+    key: bytes  # public key of the secondary, 40 octets of Z85
+    control_port: int = CONTROL_PORT
+    bulk_port: int = BULK_PORT
+
+    @property
+    def loopback(self) -> bool:
+        return is_loopback(self.host)
+
+    def __str__(self) -> str:
+        return f"{_bracketed(self.host)}:{self.control_port}:{self.bulk_port}"
+
+
+def parse_address(text: str) -> tuple[str, int, int]:
+    """Host, control port and bulk port of HOST[:CONTROL[:BULK]], IPv6 in brackets; UsageError.
+
+    Without a bulk port it is the control port plus one.
+    """
+    host, ports = text, ""
+    if text.startswith("["):
+        host, bracket, ports = text[1:].partition("]")
+        if not bracket or (ports and not ports.startswith(":")):
+            raise UsageError(f"{text!r}: write an IPv6 address as [ADDRESS]:PORT")
+        ports = ports.removeprefix(":")
+    elif ":" in text:
+        host, _, ports = text.partition(":")
+    control_text, _, bulk_text = ports.partition(":")
+    try:
+        control = int(control_text) if control_text else CONTROL_PORT
+        bulk = int(bulk_text) if bulk_text else control + 1
+        valid = bool(host) and 0 < control < 65536 and 0 < bulk < 65536 and control != bulk
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+    except ValueError:
+        valid = False
+    if not valid or not host.isascii() or not host.isprintable() or set(host) & set(" /;@*"):
+        raise UsageError(f"{text!r} is not HOST[:CONTROL_PORT[:BULK_PORT]] with two ports 1-65535")
+    return host, control, bulk
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this host is this machine, by address or as `localhost`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """One context, and so one I/O thread, for each connection: a heartbeat never waits for pages to
+    be encrypted.
+    """
+
+    control: Context
+    bulk: Context
+
+    @classmethod
+    def make(cls) -> Contexts:
+        """Raises WireError if this libzmq cannot encrypt."""
+        if not zmq.has("curve"):
+            raise WireError("this libzmq has no CURVE encryption: install one with libsodium")
+        return cls(_context(), _context())
+
+    def close(self) -> None:
+        """Ends both. Waits for sockets that are still open: close their owners first."""
+        self.control.term()
+        self.bulk.term()
+
+
+def _context() -> Context:
+    context: Context = zmq.Context(io_threads=1)
+    context.set(zmq.MAX_SOCKETS, 64)  # ours, not connections; a leak then shows early
+    context.set(zmq.BLOCKY, 0)  # sockets made by libraries on this context linger for 0, too
+    return context
+
+
+def raise_file_limit() -> int:
+    """Let this process have as many descriptors as the system allows (each stranger costs one for 2
+    s).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def control_dealer(context: Context, endpoint: Endpoint, keys: KeyPair) -> Socket:
+    """The primary's control socket, connecting. Belongs to the calling thread."""
+    return _dealer(context, endpoint, endpoint.control_port, keys, bulk=False)
+
+
+def bulk_dealer(context: Context, endpoint: Endpoint, keys: KeyPair) -> Socket:
+    """The primary's bulk socket, connecting. Belongs to the calling thread."""
+    return _dealer(context, endpoint, endpoint.bulk_port, keys, bulk=True)
+
+
+def control_router(context: Context, address: str, port: int, keys: KeyPair) -> Socket:
+    """The secondary's control socket, listening. The authenticator must run already."""
+    return _router(context, address, port, keys, bulk=False)
+
+
+def bulk_router(context: Context, address: str, port: int, keys: KeyPair) -> Socket:
+    """The secondary's bulk socket, listening. The authenticator must run already."""
+    return _router(context, address, port, keys, bulk=True)
+
+
+def bound_port(socket: Socket) -> int:
+    """The port a router listens on, which port 0 left to the kernel."""
+    return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+
+def _dealer(
+    context: Context, endpoint: Endpoint, port: int, keys: KeyPair, *, bulk: bool
+) -> Socket:
+    socket = context.socket(zmq.DEALER)
+    try:
+        _common(socket, endpoint.host, keys, bulk=bulk)
+        socket.setsockopt(zmq.CURVE_SERVERKEY, endpoint.key)  # pinned: nobody else can answer
+        # Queue only for a connection whose handshake is done: what waits for a dead peer is lost
+        # anyway.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        socket.connect(f"tcp://{_bracketed(endpoint.host)}:{port}")
+    except zmq.ZMQError as error:
+        socket.close()
+        raise WireError(f"cannot connect to {endpoint}: {error.strerror}") from error
+    return socket
+
+
+def _router(context: Context, address: str, port: int, keys: KeyPair, *, bulk: bool) -> Socket:
+    socket = context.socket(zmq.ROUTER)
+    try:
+        _common(socket, address, keys, bulk=bulk)
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no authenticator, no connection: fail closed
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # say EHOSTUNREACH instead of dropping unseen
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 0)  # nobody takes over another's route
+        socket.setsockopt(zmq.BACKLOG, BACKLOG)
+        socket.bind(f"tcp://{_bracketed(address)}:{port}")
+    except zmq.ZMQError as error:
+        socket.close()
+        raise WireError(
+            f"cannot listen on {_bracketed(address)}:{port}: {error.strerror}; is another secondary"
+            " running? Stop it or choose another address"
+        ) from error
+    return socket
+
+
+def _common(socket: Socket, host: str, keys: KeyPair, *, bulk: bool) -> None:
+    waiting = BULK_WAITING if bulk else CONTROL_WAITING
+    payload = BULK_PAYLOAD_MAX if bulk else CONTROL_PAYLOAD_MAX
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    socket.setsockopt(zmq.LINGER, 0)  # closing must free staged memory now, not when the peer reads
+    socket.setsockopt(zmq.SNDHWM, waiting)
+    socket.setsockopt(zmq.RCVHWM, waiting)
+    socket.setsockopt(zmq.MAXMSGSIZE, payload + CURVE_OVERHEAD)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, BULK_SILENCE_MS if bulk else CONTROL_SILENCE_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, 0)  # each side judges by its own limit, not by the peer's
+    # Data that the peer's kernel does not acknowledge for so long (ms) ends the connection;
+    # keepalive does it for a connection that has nothing to say (s: first probe after 5, then each
+    # 1, 5 unanswered end it).
+    socket.setsockopt(zmq.TCP_MAXRT, BULK_SILENCE_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 5)
+    # Only for literals: with it libzmq resolves `localhost` to ::1, where nobody may listen.
+    socket.setsockopt(zmq.IPV6, ":" in host)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
