@@ -5,8 +5,6 @@ Everything that the pause touches is made here once, at start: arenas, bitmaps, 
 
 from __future__ import annotations
 
-import errno
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,32 +27,6 @@ class Frame:
     kind: Kind
     payload: memoryview
     digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came of a pause or a live round."""
-
-    outcome: Outcome
-    left: int  # pages still pending afterwards
-
-    @property
-    def ok(self) -> bool:
-        return self.outcome.status == 0
-
-    @property
-    def overflow(self) -> bool:
-        return self.outcome.status == native.TOO_MANY
-
-    @property
-    def guest_gone(self) -> bool:
-        return self.outcome.status in (-errno.ESHUTDOWN, -errno.EHOSTDOWN)
-
-    def describe(self) -> str:
-        text = f"{self.outcome.step} failed: {os.strerror(-self.outcome.status)}"
-        if self.outcome.resume_status:
-            text += f"; resume failed too: {os.strerror(-self.outcome.resume_status)}"
-        return text
 
 
 class EpochTaker:
@@ -90,7 +62,7 @@ class EpochTaker:
         self._round_cursor = 0
         self._audit_cursor = 0
 
-    def take(self, index: int, *, close_output: bool) -> Result:
+    def take(self, index: int, *, close_output: bool) -> Outcome:
         """Pause the guest and stage all that is dirty into arena `index`."""
         arena = self.arenas[index]
         self._sealed[index] = []
@@ -107,11 +79,11 @@ class EpochTaker:
             detect_zero=self._detect_zero,
         )
         if outcome.status == 0:
-            self._audit_cursor = outcome.audit_cursor
+            self._audit_cursor = outcome.cursor
             self._seal(index, final=True)
-        return Result(outcome, outcome.left)
+        return outcome
 
-    def live_round(self, index: int) -> Result:
+    def live_round(self, index: int) -> Outcome:
         """Stage what fits of what is dirty, the guest running."""
         self._sealed[index] = []
         outcome = native.live_round(
@@ -128,7 +100,7 @@ class EpochTaker:
         if outcome.status == 0:
             self._round_cursor = outcome.cursor
             self._seal(index, final=False)
-        return Result(outcome, outcome.left)
+        return outcome
 
     def frames(self, index: int) -> list[Frame]:
         """What lies sealed in arena `index`, in the order of its sequence numbers."""

@@ -6,6 +6,7 @@ reaches the loop as an event in one queue, so protection.py sees one event at a 
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import secrets
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from checkpointd import faults
-from checkpointd.errors import CheckpointdError
+from checkpointd.errors import CheckpointdError, HypervisorError
 from checkpointd.hypervisor.port import EndReason
-from checkpointd.native import DigestKey
+from checkpointd.native import TOO_MANY, DigestKey
 from checkpointd.wire import messages
 from checkpointd.wire.messages import SEED_BYTES
 
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
     from checkpointd.daemon.config import PrimaryOptions
     from checkpointd.daemon.metrics import PrimaryMetrics
     from checkpointd.hypervisor.port import Domain, HostIdentity
+    from checkpointd.native import Outcome
     from checkpointd.wire.initiator import BulkLink, ControlLink
 
-    from .epoch import Result
 
 log = logging.getLogger(__name__)
 
@@ -304,24 +305,27 @@ class PrimaryService:
 
     def _pause(self, arena: int, epoch: int, *, close_output: bool) -> e.Event:
         faults.point("primary.before-pause")
-        result = self._taker.take(arena, close_output=close_output)
-        outcome = result.outcome
+        outcome = self._taker.take(arena, close_output=close_output)
         self._metrics.paused(outcome)
         if outcome.pause_ns:
             self._pauses.append(outcome.pause_ns)
-        if not result.ok:
-            return self._failed(result)
+        if outcome.resume_status not in (0, -errno.EHOSTDOWN, -errno.ESHUTDOWN):
+            # Our death makes the host resume it, with its output shut: invariant 5.
+            raise HypervisorError(f"ending, since the guest could not be resumed: {outcome.fault}")
+        if outcome.status:
+            return self._failed(outcome)
         faults.point("primary.after-pause")
         self._staged_at[epoch] = time.monotonic_ns()
         pages = outcome.pages + outcome.zeros + outcome.gone
-        return e.Staged(arena, pages, result.left, outcome.closed_output if close_output else None)
+        return e.Staged(
+            arena, pages, outcome.remaining, outcome.closed_output if close_output else None
+        )
 
     def _live_round(self, arena: int) -> e.Event:
         faults.point("primary.before-round")
-        result = self._taker.live_round(arena)
-        outcome = result.outcome
-        if not result.ok:
-            return self._failed(result)
+        outcome = self._taker.live_round(arena)
+        if outcome.status:
+            return self._failed(outcome)
         self._metrics.live_round(outcome)
         self._copied = min(
             self._copied + outcome.pages + outcome.zeros + outcome.known,
@@ -329,18 +333,18 @@ class PrimaryService:
         )
         if self.on_progress:
             self.on_progress(self._copied, self._domain.info.ram_pages)
-        return e.Staged(arena, outcome.pages + outcome.zeros + outcome.gone, result.left)
+        return e.Staged(arena, outcome.pages + outcome.zeros + outcome.gone, outcome.remaining)
 
-    def _failed(self, result: Result) -> e.Event:
-        if result.overflow:
-            return e.Overflow(result.outcome.dirty)
+    def _failed(self, outcome: Outcome) -> e.Event:
+        if outcome.status == TOO_MANY:
+            return e.Overflow(outcome.dirty)
         ended = self._domain.ended()
-        if ended is None and result.guest_gone:
+        if ended is None and outcome.status in (-errno.ESHUTDOWN, -errno.EHOSTDOWN):
             ended = EndReason.HOST_LOST
         if ended is not None:
             return e.GuestEnded(ended)
         self._metrics.failed()
-        return e.StageFailed(result.describe())
+        return e.StageFailed(outcome.fault)
 
     def _prove_gone(self) -> e.StandbyGone:
         if self._standby_watch is None:

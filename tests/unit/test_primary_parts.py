@@ -1,0 +1,312 @@
+"""The thin parts of the primary: who owns dirt, pacing, the shipper's thread, the watchdog."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpointd.authority.processes import ProcessWatch, boot_id, identify, start_time
+from checkpointd.errors import CheckpointdError
+from checkpointd.hypervisor.port import HostIdentity
+from checkpointd.native import DigestKey
+from checkpointd.primary.dirty import DirtySet
+from checkpointd.primary.epoch import Frame
+from checkpointd.primary.events import Ship, ShipFailed, Shipped
+from checkpointd.primary.pacing import Pacer
+from checkpointd.primary.shipping import Known, Session, Shipper
+from checkpointd.primary.watchdog import EXIT_STUCK, Watchdog
+from checkpointd.wire import frames
+from checkpointd.wire.frames import NO_DIGEST, Header, Kind, PartEnd
+from checkpointd.wire.initiator import LinkTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PFNS = 200
+PATIENCE = 30.0  # s
+
+
+# -------------------------------------------------------------------- dirty
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["stage", "keep", "settle", "give_back"]),
+            st.sets(st.integers(0, PFNS - 1)),
+        )
+    )
+)
+def test_a_bit_is_somewhere_until_its_epoch_is_settled(steps: list[tuple[str, set[int]]]) -> None:
+    dirty = DirtySet(PFNS, 1)
+    owed: set[int] = set()
+    for step, pages in steps:
+        carried = dirty.carried[0]
+        match step:
+            case "stage" if not set(carried):
+                for page in pages:
+                    dirty.pending.add(page)
+                owed |= pages
+                carried.update(dirty.pending)
+                dirty.pending.clear()
+            case "keep":
+                dirty.keep(0)
+            case "settle":
+                owed -= set(carried) | set(dirty.unsettled)
+                dirty.settle(0)
+            case "give_back":
+                dirty.give_back()
+                assert set(dirty.pending) == owed
+        assert set(dirty.pending) | set(carried) | set(dirty.unsettled) == owed
+
+
+def test_beginning_anew_owes_every_page() -> None:
+    dirty = DirtySet(PFNS, 2)
+    dirty.begin_anew()
+    assert dirty.pending.count() == PFNS
+
+
+# -------------------------------------------------------------------- pacing
+
+
+def test_lateness_is_not_made_up_in_a_burst() -> None:
+    pacer = Pacer(100, 0)
+    pacer.due(0)
+    assert pacer.next_start == 100
+    pacer.due(250)
+    assert (pacer.late_ns, pacer.next_start) == (150, 350)
+
+
+def test_a_pause_longer_than_the_interval_leaves_the_guest_an_interval() -> None:
+    pacer = Pacer(100, 0)
+    pacer.due(0)
+    pacer.started(130)
+    assert pacer.next_start == 230
+
+
+# -------------------------------------------------------------------- shipping
+
+
+class FakeLink:
+    """Takes frames until it is told to be stuck; holds them until released."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Header, bytes]] = []
+        self.room = threading.Event()
+        self.free = threading.Event()
+        self.room.set()
+        self.free.set()
+        self.tried = threading.Event()
+        self.waiting = threading.Event()
+        self.abandoned = 0
+        self.closed = False
+        self.answers: list[tuple[Header, bytes]] = []
+
+    def send(self, header: Header, payload: bytes | memoryview = b"", *, timeout_s: float) -> None:
+        self.tried.set()
+        if not self.room.wait(timeout_s):
+            raise LinkTimeoutError("stuck")
+        self.sent.append((header, bytes(payload)))
+
+    def wait_released(self, timeout_s: float) -> bool:
+        self.waiting.set()
+        return self.free.wait(timeout_s)
+
+    def receive(self, timeout_s: float) -> tuple[Header, memoryview] | None:
+        return (lambda a: (a[0], memoryview(a[1])))(self.answers.pop(0)) if self.answers else None
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+        self.free.set()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.link = FakeLink()
+        self.reports: queue.Queue[Shipped | ShipFailed | Known] = queue.Queue()
+        self.fatal: queue.Queue[BaseException] = queue.Queue()
+        self.session = Session(7, 1, DigestKey(bytes(32)))
+        self.octets = 0
+        self.shipper = Shipper(self.link, self.reports.put, self.fatal.put, self._count)  # type: ignore[arg-type] # a fake
+        self.shipper.start()
+
+    def _count(self, octets: int) -> None:
+        self.octets += octets
+
+    def frames(self) -> list[Frame]:
+        payloads = [b"a" * 16, b"b" * 24]
+        return [
+            Frame(Kind.PAGES, memoryview(payload), self.session.key.digest(payload))
+            for payload in payloads
+        ]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    before = threading.active_count()
+    made = Bench()
+    yield made
+    made.shipper.close()
+    assert made.link.closed
+    assert made.fatal.empty()
+    assert threading.active_count() == before
+
+
+def test_a_part_goes_out_in_order_and_ends_with_its_sum(bench: Bench) -> None:
+    bench.shipper.ship(bench.session, Ship(0, 5, 1, final=True), bench.frames())
+    assert bench.reports.get(timeout=PATIENCE) == Shipped(5, 1)
+    headers = [header for header, _ in bench.link.sent]
+    assert [(h.kind, h.epoch, h.part, h.sequence) for h in headers] == [
+        (Kind.PAGES, 5, 1, 0),
+        (Kind.PAGES, 5, 1, 1),
+        (Kind.PART_END, 5, 1, 2),
+    ]
+    assert PartEnd.unpack(*bench.link.sent[-1]) == PartEnd(2, True, 40)
+    assert all(
+        bench.session.key.digest(payload) == header.digest for header, payload in bench.link.sent
+    )
+    assert bench.octets == 40 + 16
+
+
+def test_only_what_is_missing_is_shipped_again(bench: Bench) -> None:
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True, ranges=((1, 1),)), bench.frames())
+    bench.reports.get(timeout=PATIENCE)
+    assert [header.sequence for header, _ in bench.link.sent] == [1, 2]
+
+
+def test_a_part_is_not_reported_while_zeromq_holds_it(bench: Bench) -> None:
+    bench.link.free.clear()
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), bench.frames())
+    assert bench.link.waiting.wait(PATIENCE)
+    assert bench.reports.empty()
+    bench.link.free.set()
+    assert bench.reports.get(timeout=PATIENCE) == Shipped(5, 0)
+
+
+def test_abandoning_interrupts_a_stuck_send_and_reports_nothing(bench: Bench) -> None:
+    bench.link.room.clear()
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), bench.frames())
+    assert bench.link.tried.wait(PATIENCE)
+    assert bench.shipper.abandon(PATIENCE)
+    assert bench.link.abandoned == 1
+    assert bench.reports.empty()
+    bench.link.room.set()
+    bench.shipper.ship(bench.session, Ship(0, 6, 0, final=True), bench.frames())
+    assert bench.reports.get(timeout=PATIENCE) == Shipped(6, 0)
+
+
+def test_digests_are_gathered_until_the_last_frame(bench: Bench) -> None:
+    def answer(first: int, pages: int, *, last: bool) -> tuple[Header, bytes]:
+        payload = first.to_bytes(8, "little") + bytes([first + 1]) * 16 * pages
+        header = Header(Kind.DIGESTS, 7, 1, flags=int(last), length=len(payload))
+        return Header(
+            Kind.DIGESTS,
+            7,
+            1,
+            flags=int(last),
+            length=header.length,
+            digest=bench.session.key.digest(payload),
+        ), payload
+
+    bench.link.answers = [answer(0, 2, last=False), answer(2, 1, last=True)]
+    bench.shipper.fetch_known(bench.session, 4)
+    known = bench.reports.get(timeout=PATIENCE)
+    assert known == Known(bytearray(b"\1" * 32 + b"\3" * 16 + bytes(16)))
+
+
+def test_digests_that_do_not_fit_are_given_up(bench: Bench) -> None:
+    payload = (4).to_bytes(8, "little") + bytes(16)
+    header = frames.seal(Header(Kind.DIGESTS, 7, 1, flags=1), payload, bench.session.key)
+    bench.link.answers = [(header, payload)]
+    bench.shipper.fetch_known(bench.session, 4)
+    assert bench.reports.get(timeout=PATIENCE) == Known(None)
+
+
+def test_a_broken_link_is_fatal_not_silent() -> None:
+    bench = Bench()
+    bench.link.abandon = lambda: (_ for _ in ()).throw(CheckpointdError("held for ever"))  # type: ignore[method-assign]
+    bench.shipper._jobs.put(None) if not bench.shipper.abandon(1.0) else None
+    assert "held for ever" in str(bench.fatal.get(timeout=PATIENCE))
+    bench.shipper.close()
+
+
+# -------------------------------------------------------------------- watchdog
+
+
+def test_the_watchdog_ends_a_process_without_progress() -> None:
+    ended: queue.Queue[int] = queue.Queue()
+    watchdog = Watchdog(0.01, lambda: 1, ended.put)
+    watchdog.start()
+    assert ended.get(timeout=PATIENCE) == EXIT_STUCK
+    watchdog.stop()
+
+
+def test_the_watchdog_leaves_progress_alone() -> None:
+    ended: queue.Queue[int] = queue.Queue()
+    looks = iter(range(10**9))
+    seen = threading.Event()
+
+    def progress() -> int:
+        look = next(looks)
+        if look > 5:
+            seen.set()
+        return look
+
+    watchdog = Watchdog(0.001, progress, ended.put)
+    watchdog.start()
+    assert seen.wait(PATIENCE)
+    watchdog.stop()
+    assert ended.empty()
+
+
+# -------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def test_a_process_is_seen_to_go(sleeper: subprocess.Popen[bytes]) -> None:
+    watch = ProcessWatch(identify(sleeper.pid))
+    assert watch.gone(0) is False
+    assert not watch.fence(0).fenced
+    os.kill(sleeper.pid, signal.SIGKILL)
+    assert watch.gone(PATIENCE) is True
+    assert watch.fence(0).fenced
+    watch.close()
+
+
+def test_another_process_with_the_same_pid_is_not_it(sleeper: subprocess.Popen[bytes]) -> None:
+    started = start_time(sleeper.pid)
+    assert started is not None
+    watch = ProcessWatch(HostIdentity(boot_id(), sleeper.pid, started - 1))
+    assert watch.gone(0) is True
+    watch.close()
+
+
+def test_nobody_here_knows_of_another_machine(sleeper: subprocess.Popen[bytes]) -> None:
+    watch = ProcessWatch(HostIdentity("another boot", sleeper.pid, 1))
+    assert watch.gone(0) is None
+    assert not watch.fence(0).fenced
+    watch.close()
+
+
+def test_digests_have_sixteen_octets() -> None:
+    assert len(NO_DIGEST) == 16
