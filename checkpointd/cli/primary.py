@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from checkpointd.daemon import logs, settings
+from checkpointd.cli.progress import Progress
+from checkpointd.daemon import settings
 from checkpointd.daemon.config import PrimaryOptions
 
 if TYPE_CHECKING:
@@ -35,7 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = settings.load(PrimaryOptions, args)
-    with logs.started(options.log_level, options.log_format):
-        from checkpointd import node  # only now: wrong options are told without loading the engine
+    from checkpointd import node  # only now: wrong options are told without loading the engine
 
+    if not sys.stderr.isatty() or options.log_format != "text":
         return node.run_primary(options)
+    with Progress("first copy") as progress:
+        return node.run_primary(options, progress.update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from checkpointd.daemon import logs, settings
+from checkpointd.daemon import settings
 from checkpointd.daemon.config import SecondaryOptions
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = settings.load(SecondaryOptions, args)
-    with logs.started(options.log_level, options.log_format):
-        from checkpointd import node  # only now: wrong options are told without loading the standby
+    from checkpointd import node  # only now: wrong options are told without loading the standby
 
-        return node.run_secondary(options)
+    return node.run_secondary(options)
