@@ -73,14 +73,17 @@ def ask(entry: roster.Entry) -> dict[str, Any]:
     try:
         with DIRECT.open(f"{entry.http}/status", timeout=TIMEOUT) as answer:
             document = json.loads(answer.read(LARGEST))
-        daemon["not_ready"] = list(document.pop("not_ready", []))
-        daemon["not_live"] = list(document.pop("not_live", []))
-        # A primary speaks of its one domain, a secondary of each of its own.
-        daemon["domains"] = list(document.pop("domains", [document]))
-        daemon["unsafe"] = list(document.pop("unsafe", []))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         daemon["not_ready"] = [f"does not answer at {entry.http}: {reason}"]
+        return daemon
+    try:
+        for field in ("not_ready", "not_live", "unsafe"):
+            daemon[field] = [str(text) for text in document.pop(field, [])]
+        # A primary speaks of its one domain, a secondary of each of its own.
+        daemon["domains"] = [dict(domain) for domain in document.pop("domains", [document])]
+    except (AttributeError, TypeError, ValueError):
+        daemon["not_ready"] = [f"does not answer as a daemon does at {entry.http}"]
     return daemon
 
 

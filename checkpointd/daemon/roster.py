@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
+from checkpointd.authority.processes import start_time
 from checkpointd.daemon import paths
 
 if TYPE_CHECKING:
@@ -32,20 +33,6 @@ class Entry:
     http: str | None  # http://HOST:PORT of /status; None with --no-metrics
 
 
-def process_start_time(pid: int) -> int | None:
-    """Clock ticks since boot (field 22 of /proc/PID/stat, proc(5)); None if there is no such
-    process.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
-    except OSError:
-        return None
-    # The second field is the name in parentheses, and may itself hold blanks and parentheses.
-    fields = stat[stat.rindex(b")") + 1 :].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
 class Registration:
     """The entry of this process, from its making until close()."""
 
@@ -53,9 +40,9 @@ class Registration:
         self, run_dir: Path, role: str, ident: str, *, domid: int | None, http: str | None
     ) -> None:
         pid = os.getpid()
-        start_time = process_start_time(pid)
-        assert start_time is not None  # this process lives
-        self.entry = Entry(role, ident, pid, start_time, domid, http)
+        started = start_time(pid)
+        assert started is not None  # this process lives
+        self.entry = Entry(role, ident, pid, started, domid, http)
         directory = paths.private(paths.private(run_dir) / "daemons")
         self.path = directory / f"{role}-{ident}.json"
         fresh = directory / f".{role}-{ident}.{pid}"
@@ -84,7 +71,7 @@ def running(run_dir: Path) -> list[Entry]:
     entries = []
     for path in sorted((run_dir / "daemons").glob("[!.]*.json")):
         entry = _read(path)
-        if entry is not None and process_start_time(entry.pid) == entry.start_time:
+        if entry is not None and start_time(entry.pid) == entry.start_time:
             entries.append(entry)
     return entries
 
@@ -93,6 +80,6 @@ def _read(path: Path) -> Entry | None:
     with suppress(OSError, ValueError, TypeError, RecursionError):
         with path.open("rb") as file:
             fields = json.loads(file.read(_LARGEST))
-        if fields.pop("schema", None) == SCHEMA:
+        if isinstance(fields, dict) and fields.pop("schema", None) == SCHEMA:
             return Entry(**fields)
     return None
