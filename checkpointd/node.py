@@ -44,9 +44,9 @@ def choose_hypervisor(wanted: str, run_dir: Path, namespace: str) -> Hypervisor:
             "this release protects guests of the embedded hypervisor only, Xen's are to follow: "
             "use --hypervisor embedded"
         )
-    from checkpointd.hypervisor.embedded.toolstack import EmbeddedHypervisor
+    from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
 
-    return EmbeddedHypervisor(run_dir, namespace)
+    return EmbeddedHypervisor(namespace, run_dir)
 
 
 def _is_dom0() -> bool:
@@ -57,6 +57,11 @@ def _is_dom0() -> bool:
 
 
 # -------------------------------------------------------------------- what both roles need
+
+
+def _say(*words: str) -> None:
+    """Tell systemd, if it listens."""
+    systemd.notify(*words)
 
 
 @contextmanager
@@ -186,7 +191,7 @@ def _protect(
             metrics=metrics,
         )
         service.on_progress = on_progress
-        service.on_state = lambda state: systemd.notify(systemd.status(state))
+        service.on_state = lambda state: _say(systemd.status(state))
         port = options.metrics.port
         _serve_health(
             stack,
@@ -271,8 +276,8 @@ def run_secondary(options: SecondaryOptions) -> int:
             status=service.status,
         )
         stack.enter_context(_stopping(service.stop))
-        service.on_ready = lambda: systemd.notify(systemd.READY)
-        service.on_state = lambda uuid, state: systemd.notify(systemd.status(f"{uuid} {state}"))
+        service.on_ready = lambda: _say(systemd.READY)
+        service.on_state = lambda uuid, state: _say(systemd.status(f"{uuid} {state}"))
         try:
             service.run()
         finally:
