@@ -19,6 +19,7 @@ class HelloReceived:
     term: int
     resume: bool
     guest_here: bool  # a domain of this UUID lives on this side's hypervisor
+    same_shape: bool = True  # as large as the replica that is here, if one is
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,13 @@ class CommitFailed:
 @dataclass(frozen=True, slots=True)
 class Heard:
     """The primary said something on the control connection of this session."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queried:
+    """The primary asks what is missing."""
 
     session: int
 
@@ -134,7 +142,7 @@ class MemoryShort:
 
 
 Event = (
-    HelloReceived | PartWhole | CommitDone | CommitFailed | Heard | Tick | ProbeDone | FenceDone
+    HelloReceived | PartWhole | CommitDone | CommitFailed | Heard | Queried | Tick | ProbeDone | FenceDone
     | TermStored | TermFailed | GuestStarted | StartFailed | RetireReceived | EndReceived
     | ProtocolFault | MemoryShort
 )  # fmt: skip
@@ -202,7 +210,7 @@ class DropReplica:
 
 @dataclass(frozen=True, slots=True)
 class SuspendSession:
-    """Drop what there is of the part in the making, and each frame until the session's next Hello."""
+    """Drop the part in the making, and each frame until the session's next Hello."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from .events import (
     Probe,
     ProbeDone,
     ProtocolFault,
+    Queried,
     RetireReceived,
     SendAck,
     SendCommitted,
@@ -74,9 +75,6 @@ RETRY_NS = 1_000_000_000
 
 _HOLDING = (State.FENCING, State.FAILED)
 _WITH_REPLICA = (State.STANDBY, State.PROBING, State.ENGINE_LOST)
-# The old guest may have ended by our own fence in these two ways, so they say nothing about its
-# owner.
-_MAYBE_OUR_FENCE = (EndReason.DESTROYED, EndReason.HOST_LOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,7 @@ class Standby:
         self._policy = policy
         self._next_epoch = record.next_epoch
         self._open = False  # epochs of the session are taken
-        self._hollow = False  # the session's earlier epochs are not here: invariant 2
+        self._anew = ""  # why the session is worth nothing, and a new one has to begin
         self._held: list[Event] = []
         self._adopting = False  # a StoreTerm for a Hello is under way
         self._attempt = 0  # of probes and fences
@@ -136,6 +134,11 @@ class Standby:
         self._retry_ns: int | None = None
         if record.role is Role.SECONDARY_ACTIVE:
             self._enter(State.ACTIVE, f"taken over in term {record.term}, by an earlier process")
+
+    @property
+    def taking(self) -> bool:
+        """Whether frames of the session's epochs are taken at all."""
+        return self._open
 
     def handle(self, event: Event) -> list[Instruction]:
         out: list[Instruction] = []
@@ -155,6 +158,9 @@ class Standby:
                     self._reject(f"the commit of epoch {event.epoch} failed: {event.text}", out)
             case Heard():
                 self._heard(event, out)
+            case Queried():
+                if event.session == self.session:
+                    self._ask_anew(out)
             case Tick():
                 self._tick(event, out)
             case ProbeDone():
@@ -202,10 +208,11 @@ class Standby:
             return
         if hello.session == self.session:
             self._back(out)
-            self._open = self.state in (State.SYNCING, State.STANDBY) and not self._hollow
+            self._open = self.state in (State.SYNCING, State.STANDBY) and not self._anew
         else:
             self._begin(hello, out)
         out.append(SendWelcome(hello.session, self.acked, self.committed))
+        self._ask_anew(out)
 
     def _refusal(self, hello: HelloReceived) -> tuple[str, str] | None:
         if hello.term < self.term:
@@ -226,11 +233,18 @@ class Standby:
         self.session = hello.session
         self.acked = 0
         self.deaf = self._fence_tried = False
-        self._hollow = hello.resume
+        self._anew = "its earlier epochs are not here" if hello.resume else ""
         self._open = not hello.resume
+        if self.state is State.STANDBY and not hello.same_shape:
+            self._drop("the guest's size has changed", out)
+            self._open = not hello.resume
         if self.state is not State.STANDBY:
             self._enter(State.SYNCING, "receiving the first full copy")
         out.append(BeginSession(hello.session))
+
+    def _ask_anew(self, out: list[Instruction]) -> None:
+        if self._anew:
+            out.append(SendFullCopyWanted(self._anew))
 
     def _heard(self, event: Heard, out: list[Instruction]) -> None:
         if event.session != self.session or self.deaf:
@@ -268,8 +282,8 @@ class Standby:
     def _part_whole(self, event: PartWhole, out: list[Instruction]) -> None:
         if event.session != self.session:
             return
-        if self._hollow and self.state is State.SYNCING:
-            out.append(SendFullCopyWanted("the epochs before this one are not here: begin anew"))
+        if self._anew:
+            self._ask_anew(out)
             return
         if self.state in _HOLDING and not self._fenced:
             self._hold(event)
@@ -309,7 +323,9 @@ class Standby:
     def _reject(self, reason: str, out: list[Instruction]) -> None:
         """The replica is wrong: worse than none."""
         self._drop(reason, out)
-        out += [Alarm(f"the replica is retired: {reason}"), SendFullCopyWanted(reason)]
+        self._anew = reason
+        out.append(Alarm(f"the replica is retired: {reason}"))
+        self._ask_anew(out)
 
     def _drop(self, reason: str, out: list[Instruction]) -> None:
         self.pending.clear()

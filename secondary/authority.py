@@ -1,0 +1,80 @@
+"""What one domain's standby does about the other side and about its term; on a thread of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from checkpointd import faults
+from checkpointd.authority.fence import FenceResult, HostView
+from checkpointd.authority.terms import Role, TermRecord
+from checkpointd.errors import CheckpointdError
+
+from . import events as ev
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from checkpointd.authority.fence import Fence
+    from checkpointd.authority.terms import TermStore
+    from checkpointd.hypervisor.port import DomainInfo
+
+# s; a look at a host on this machine takes a millisecond; this bounds one that hangs.
+PROBE_TIMEOUT = 1.0
+
+
+class Authority:
+    def __init__(
+        self,
+        uuid: str,
+        terms: TermStore,
+        make_fence: Callable[[DomainInfo], Fence],
+        fence_timeout: float,
+        clock: Callable[[], int],
+    ) -> None:
+        """`fence_timeout` in seconds; `clock` gives monotonic ns."""
+        self._uuid = uuid
+        self._terms = terms
+        self._make_fence = make_fence
+        self._fence_timeout = fence_timeout
+        self._clock = clock
+        self._fence: Fence | None = None
+        self._why_none = "no session has begun"
+
+    def begin(self, info: DomainInfo) -> str:
+        """A session begins: make the fence while the other side lives. Why it could not be, or ""."""
+        self.close()
+        try:
+            self._fence = self._make_fence(info)
+        except (CheckpointdError, OSError) as error:
+            self._why_none = f"the guest's host cannot be fenced: {error}"
+            return self._why_none
+        return ""
+
+    def probe(self, attempt: int) -> ev.ProbeDone:
+        faults.point("secondary.before-probe")
+        view = HostView(None, None, self._why_none)
+        if self._fence is not None:
+            view = self._fence.probe(PROBE_TIMEOUT)
+        return ev.ProbeDone(attempt, view, self._clock())
+
+    def fence(self, attempt: int) -> ev.FenceDone:
+        faults.point("secondary.before-fence")
+        result = FenceResult(False, self._why_none)
+        if self._fence is not None:
+            result = self._fence.fence(self._fence_timeout)
+        faults.point("secondary.after-fence")
+        return ev.FenceDone(attempt, result, self._clock())
+
+    def store_term(self, step: ev.StoreTerm) -> ev.TermStored | ev.TermFailed:
+        try:
+            self._terms.store(TermRecord(self._uuid, step.term, step.role, step.next_epoch))
+            if step.role is Role.SECONDARY_ACTIVE:
+                faults.point("secondary.after-term")
+        except CheckpointdError as error:
+            return ev.TermFailed(str(error), self._clock())
+        return ev.TermStored(step.term, step.role)
+
+    def close(self) -> None:
+        if self._fence is not None:
+            self._fence.close()
+            self._fence = None

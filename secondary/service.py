@@ -1,0 +1,284 @@
+"""The standby of any number of domains: one acceptor, one driver for each domain.
+
+run() serves in the caller's thread until stop(). Memory that primaries can claim is bounded: epochs by
+--epoch-memory, domains by their number, images by the machine's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from checkpointd import faults
+from checkpointd.authority.fence import NoFence
+from checkpointd.authority.processes import identify
+from checkpointd.authority.terms import Role
+from checkpointd.errors import CheckpointdError, FenceError, StateError
+from checkpointd.hypervisor.embedded.fence import EmbeddedFence
+from checkpointd.hypervisor.port import PAGE_SIZE
+from checkpointd.wire import messages
+from checkpointd.wire.acceptor import Acceptor
+
+from .driver import Driver, Limits, Surroundings
+from .epochs import Budget
+from .keep import ImageKeeper
+from .restorers.image import ImageRestorer
+from .standby import State
+from .worker import ReplicaWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import zmq
+
+    from checkpointd.authority.fence import Fence
+    from checkpointd.authority.terms import TermRecord, TermStore
+    from checkpointd.daemon.config import SecondaryOptions
+    from checkpointd.hypervisor.port import DomainInfo, Hypervisor
+    from checkpointd.wire.acceptor import Peer
+    from checkpointd.wire.frames import FrameError, Header
+    from checkpointd.wire.keys import KeyStore
+    from checkpointd.wire.messages import Message
+    from checkpointd.wire.sockets import Contexts
+
+    from .driver import DomainMetrics
+
+log = logging.getLogger(__name__)
+
+# Guests that one daemon stands by for. A trusted peer that makes up UUIDs meets this, and a real machine
+# has not the memory for so many replicas.
+MAX_DOMAINS = 1024
+# A p2m has holes, so it may be larger than the memory behind it; a replica larger than this many
+# times the machine's memory could not be activated here anyway.
+P2M_PER_MEMORY = 4
+# ns; the detector is asked this often, or ten times within the silence that it looks for.
+TICK_NS = 50_000_000
+TICKS_IN_SILENCE = 10
+# ns; alive without progress beyond this is an alarm. The primary gives protection up by itself after
+# 60 s (--give-up-after), so a person hears of it well before.
+STUCK_NS = 20_000_000_000
+NS = 1_000_000_000
+
+
+class Metrics(Protocol):
+    """What the service counts (checkpointd.daemon.metrics.SecondaryMetrics)."""
+
+    def bad_frame(self) -> None: ...
+    def epoch_memory(self, octets: int) -> None: ...
+    def domain(self, name: str) -> DomainMetrics: ...
+
+
+class SecondaryService:
+    """Binds both ports in the constructor; raises WireError, StateError."""
+
+    def __init__(
+        self,
+        options: SecondaryOptions,
+        hypervisor: Hypervisor,
+        *,
+        contexts: Contexts,
+        keys: KeyStore,
+        terms: TermStore,
+        metrics: Metrics,
+        make_fence: Callable[[DomainInfo], Fence] | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._options = options
+        self._hypervisor = hypervisor
+        self._terms = terms
+        self._metrics = metrics
+        self._clock = clock
+        self._budget = Budget(options.epoch_memory)
+        self._keeper = ImageKeeper(options.keep_images) if options.keep_images else None
+        self._drivers: dict[str, Driver] = {}  # by UUID
+        self._dropped: Counter[str] = Counter()  # frames and words of no session here, by kind
+        self._stopping = False
+        tick_ns = min(TICK_NS, options.silence // TICKS_IN_SILENCE)
+        self._around = Surroundings(
+            limits=Limits(
+                silence_ns=options.silence,
+                engine_restart_ns=options.engine_restart,
+                stuck_ns=STUCK_NS,
+                tick_ns=tick_ns,
+                fence_timeout=options.fence_timeout / NS,
+                activate_paused=options.activate_paused,
+            ),
+            budget=self._budget,
+            terms=terms,
+            make_fence=make_fence or self._fence_of,
+            identity=identify(),
+            clock=clock,
+            image_exists=self._image_exists,
+            on_state=self._state_changed,
+        )
+        self.on_ready: Callable[[], None] | None = None  # once run() serves
+        self.on_state: Callable[[str, State], None] | None = None  # (UUID, its new state)
+        if options.image_dir:
+            options.image_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._most_pfns = P2M_PER_MEMORY * memory // PAGE_SIZE
+        taken_over = [r for r in terms.records() if r.role is Role.SECONDARY_ACTIVE]
+        self._acceptor = Acceptor(
+            contexts,
+            options.listen,
+            options.control_port,
+            options.bulk_port,
+            keys,
+            on_control=self._control,
+            on_bulk=self._bulk,
+            on_error=self._bad_frame,
+            on_tick=self._tick,
+            tick_s=tick_ns / NS,
+            on_fatal=lambda _: None,  # of start(), which is not used: run() raises
+        )
+        for record in taken_over:
+            self._add(record)
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """Control and bulk, as bound."""
+        return self._acceptor.control_port, self._acceptor.bulk_port
+
+    def run(self) -> None:
+        """Serve until stop(); raises what went wrong in any of the threads."""
+        if self.on_ready:
+            self._acceptor.post(self.on_ready)
+        try:
+            self._acceptor.run()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """End run(), once no fence or activation is under way; from any thread or signal handler."""
+        self._stopping = True
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+        self._acceptor.close()
+        for driver in self._drivers.values():
+            driver.close()
+        self._drivers = {}
+
+    def status(self) -> dict[str, Any]:
+        """A snapshot for people and programs; from any thread."""
+        unsafe = [f"faults armed: {rule.point}" for rule in faults.armed()]
+        if self._options.unsafe_no_fencing:
+            unsafe.append("--unsafe-no-fencing: two guests may run")
+        return {
+            "role": "secondary",
+            "domains": [driver.status() for driver in list(self._drivers.values())],
+            "epoch_memory_used": self._budget.used,
+            "epoch_memory": self._budget.limit,
+            "dropped": dict(self._dropped),
+            "unsafe": unsafe,
+        }
+
+    def not_ready(self) -> list[str]:
+        """Which domains could not be activated at this moment, and why; empty if all could."""
+        fine = (State.STANDBY, State.ACTIVE)
+        return [
+            f"{driver.uuid}: {driver.machine.state}: {driver.machine.reason}"
+            for driver in list(self._drivers.values())
+            if driver.machine.state not in fine
+        ]
+
+    # ------------------------------------------------------------ on the acceptor's thread
+
+    def _control(self, peer: Peer, header: Header, message: Message) -> None:
+        if isinstance(message, messages.Hello):
+            self._hello(peer, message)
+            return
+        driver = self._of(peer, header)
+        if driver is None:
+            self._dropped[header.kind.name] += 1
+            return
+        driver.control(message)
+
+    def _bulk(self, peer: Peer, header: Header, payload: zmq.Frame | bytes) -> None:
+        driver = self._of(peer, header)
+        if driver is None:
+            self._dropped[header.kind.name] += 1
+            return
+        driver.bulk(peer, header, payload if isinstance(payload, bytes) else payload.buffer)
+
+    def _of(self, peer: Peer, header: Header) -> Driver | None:
+        """The driver whose session this is, if this peer is the one that opened it."""
+        for driver in self._drivers.values():
+            if driver.owns(peer.key, header.session, header.term):
+                return driver
+        return None
+
+    def _hello(self, peer: Peer, hello: messages.Hello) -> None:
+        uuid = hello.info.uuid
+        driver = self._drivers.get(uuid)
+        try:
+            if hello.info.nr_pfns > self._most_pfns:
+                raise CheckpointdError(
+                    f"a guest of {hello.info.nr_pfns} pages is too large for this machine"
+                )
+            if driver is None:
+                if len(self._drivers) >= MAX_DOMAINS:
+                    raise CheckpointdError(f"this secondary has {MAX_DOMAINS} guests already")
+                driver = self._add(self._terms.load(uuid))
+        except CheckpointdError as error:
+            log.error("%s: refused: %s", uuid, error)
+            code = "state" if isinstance(error, StateError) else "memory"
+            refused = messages.Refused(hello.session, hello.term, code, str(error))
+            self._acceptor.send(peer, refused, session=hello.session, term=hello.term)
+            return
+        driver.hello(peer, hello, guest_here=self._guest_here(uuid))
+
+    def _add(self, record: TermRecord) -> Driver:
+        worker = ReplicaWorker(
+            self._budget,
+            ImageRestorer(self._hypervisor),
+            image_dir=self._options.image_dir,
+            keeper=self._keeper,
+            clock=self._clock,
+        )
+        metrics = self._metrics.domain(record.uuid)
+        driver = Driver(record, self._around, self._acceptor, worker, metrics)
+        self._drivers[record.uuid] = driver
+        return driver
+
+    def _fence_of(self, info: DomainInfo) -> Fence:
+        if self._options.unsafe_no_fencing:
+            return NoFence()
+        if info.hypervisor == "embedded":
+            return EmbeddedFence(info.host)
+        raise FenceError(
+            f"nothing here can stop a {info.hypervisor} guest on another machine; "
+            "--unsafe-no-fencing activates without"
+        )
+
+    def _state_changed(self, uuid: str, state: State) -> None:
+        if self.on_state:
+            self.on_state(uuid, state)
+
+    def _guest_here(self, uuid: str) -> bool:
+        try:
+            return any(info.uuid == uuid for info in self._hypervisor.domains())
+        except CheckpointdError as error:
+            log.warning("cannot tell whether %s runs here: %s", uuid, error)
+            return True  # the safe guess: it only ever refuses
+
+    def _image_exists(self, uuid: str) -> bool:
+        directory = self._options.image_dir
+        return directory is not None and (directory / f"{uuid}.image").exists()
+
+    def _bad_frame(self, peer: Peer, error: FrameError) -> None:
+        self._metrics.bad_frame()
+        for driver in self._drivers.values():
+            if peer in (driver.peer, driver.bulk_peer):
+                driver.fault(str(error))
+
+    def _tick(self) -> None:
+        now = self._clock()
+        for driver in self._drivers.values():
+            driver.tick(now)
+        self._metrics.epoch_memory(self._budget.used)
+        if self._stopping and not any(driver.deciding for driver in self._drivers.values()):
+            self._acceptor.stop()

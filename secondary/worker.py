@@ -1,0 +1,165 @@
+"""What is done with one domain's replica, on the one thread that may touch it.
+
+Each method runs as a job of that thread, in the order in which the driver gives them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from checkpointd import faults
+from checkpointd.errors import CheckpointdError
+from checkpointd.native import DIGEST_SIZE, DigestKey
+
+from .events import CommitDone, CommitFailed, GuestStarted, StartFailed
+from .replica import NoRoomError, Replica
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from checkpointd.hypervisor.port import DomainInfo
+    from checkpointd.wire.messages import Hello
+
+    from .epochs import Budget, Load
+    from .keep import ImageKeeper
+    from .restorers import Restorer
+
+log = logging.getLogger(__name__)
+
+
+class ReplicaWorker:
+    def __init__(
+        self,
+        budget: Budget,
+        restorer: Restorer,
+        *,
+        image_dir: Path | None,
+        keeper: ImageKeeper | None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._budget = budget
+        self._restorer = restorer
+        self._image_dir = image_dir
+        self._keeper = keeper
+        self._clock = clock
+        self._info: DomainInfo | None = None
+        self._key: DigestKey | None = None
+        self._static = b""
+        self._replica: Replica | None = None
+        self.octets = 0  # that the image takes; read by the driver for display
+
+    def begin(self, hello: Hello) -> None:
+        """A session begins: its key and description hold from now on."""
+        info = hello.info
+        if self._info is not None and self._info != info:
+            self._restorer.discard()  # what is prepared is built from the old description
+        # A key of its own: the acceptor's thread digests frames by another.
+        self._info, self._key, self._static = (
+            info,
+            DigestKey(hello.digest_seed),
+            hello.static_records,
+        )
+        if self._replica is not None:
+            self._replica.forget_live()
+            if self._replica.nr_pfns != info.nr_pfns:
+                self._forget(remove=True)
+
+    def admit(self, load: Load) -> None:
+        """See Replica.admit(). Raises NoRoomError."""
+        self._the_replica().admit(load)
+        if not load.final:
+            self._budget.give_back(load.octets)
+            load.octets = 0
+
+    def commit(self, load: Load) -> CommitDone | CommitFailed:
+        replica, key = self._replica, self._key
+        started = self._clock()
+        try:
+            if replica is None or key is None:
+                return CommitFailed(load.epoch, "its replica is gone")
+            faults.point("secondary.before-commit")
+            audited, mismatches = replica.commit(load, key)
+            faults.point("secondary.after-commit")
+        except (CheckpointdError, OSError) as error:
+            return CommitFailed(load.epoch, str(error))
+        finally:
+            self._budget.give_back(load.octets)
+            load.octets = 0
+        self.octets = replica.octets
+        return CommitDone(load.epoch, audited, mismatches, self._clock() - started)
+
+    def prepare(self) -> None:
+        """After the first commit: what can be done beforehand is."""
+        if self._replica is None or self._info is None:
+            return
+        self._keep()
+        try:
+            self._restorer.prepare(self._info, self._replica)
+        except (CheckpointdError, OSError) as error:
+            log.warning("%s: not prepared, will try at activation: %s", self._info.uuid, error)
+
+    def digests(self, first: int, count: int) -> bytes:
+        """16 octets a page; zeros where nothing is here."""
+        assert self._key is not None, "digests are asked for in a session"
+        try:
+            return self._the_replica().digests(self._key, first, count)
+        except NoRoomError as error:
+            log.warning("%s", error)
+            return bytes(DIGEST_SIZE * count)  # none of them: every page will be sent
+
+    def drop(self, *, keep_pages: bool) -> None:
+        """The replica is none any more."""
+        if self._replica is None:
+            return
+        if keep_pages:
+            self._replica.give_up_epoch()
+            return
+        self._keep()
+        self._restorer.discard()
+        self._forget(remove=True)
+
+    def start(self, *, paused: bool) -> GuestStarted | StartFailed:
+        try:
+            if self._replica is None or self._info is None:
+                return StartFailed("the replica is gone", self._clock())
+            self._keep()
+            faults.point("secondary.before-start")
+            started = self._restorer.start(self._info, self._replica, paused=paused)
+            faults.point("secondary.after-start")
+        except (CheckpointdError, OSError) as error:
+            return StartFailed(str(error), self._clock())
+        self._forget(remove=True)  # it is the guest's now, by its own handle
+        return GuestStarted(started.domid)
+
+    def close(self) -> None:
+        """The daemon ends."""
+        if self._replica is not None:
+            self._keep()
+        self._restorer.discard()
+        self._forget(remove=False)
+
+    def _the_replica(self) -> Replica:
+        if self._replica is None:
+            assert self._info is not None, "a session has begun"
+            self._replica = Replica(
+                self._info.uuid, self._info.nr_pfns, self._budget, directory=self._image_dir
+            )
+        return self._replica
+
+    def _keep(self) -> None:
+        if self._keeper is None or self._replica is None or self._info is None:
+            return
+        try:
+            self._keeper.keep(self._info.uuid, self._static, self._replica)
+        except (CheckpointdError, OSError) as error:
+            # A copy for people to look at: never a reason not to go on.
+            log.error("%s: image not kept: %s", self._info.uuid, error)
+
+    def _forget(self, *, remove: bool) -> None:
+        if self._replica is not None:
+            self._replica.close(remove=remove)
+            self._replica = None
+        self.octets = 0
