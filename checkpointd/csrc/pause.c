@@ -242,7 +242,7 @@ static bool stage_range(const struct ck_request *q, struct ck_outcome *out, uint
         uint32_t n = ck_bitmap_list(q->pending, *next, end, pfns, room(q->arena));
 
         *next = n ? pfns[n - 1] + 1 : end;
-        if (!stage_batch(q, out, pfns, n, live))
+        if (n && !stage_batch(q, out, pfns, n, live))
             return false;
     }
     return true;
@@ -421,5 +421,6 @@ void ck_live_round(const struct ck_request *q, struct ck_outcome *out)
     else
         give_back(q, out);
     out->stage_ns = lap(&mark);
+    ck_mappings_take_changed(q->mappings, q->pending); /* what changed while the round went on */
     out->remaining = ck_bitmap_count(q->pending, nr_pfns);
 }
