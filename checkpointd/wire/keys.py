@@ -60,6 +60,26 @@ def parse_public(text: str) -> bytes:
     return text.encode("ascii")
 
 
+def read_public(path: Path) -> bytes:
+    """The public key in a file from the other side: a key file, or just the key as text."""
+    try:
+        with path.open("rb") as file:
+            lines = file.read(_FILE_MAX).decode("ascii").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"cannot read a public key from {path}: {error}") from error
+    words = [line.removeprefix("public ") for line in lines if line.strip()]
+    if any(line.startswith("secret ") for line in lines):
+        raise KeyFileError(
+            f"{path} has a secret key: that must never leave its host. Make a new pair there (remove"
+            " the file), and bring what `checkpointd keys show` prints"
+        )
+    if words[:1] == [_TITLE]:
+        del words[0]
+    if len(words) != 1:
+        raise KeyFileError(f"{path} is no public key: it has {len(words)} lines, not one")
+    return parse_public(words[0])
+
+
 def _new_pair() -> KeyPair:
     # A key that begins with "-" would read as an option on the command line, and one with "#" as a
     # comment.

@@ -11,7 +11,7 @@ import base64
 import re
 import struct
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final, TypeAlias, assert_never
 
 from checkpointd.hypervisor.port import DomainInfo, EndReason, HostIdentity
@@ -297,9 +297,10 @@ def _end_reason(text: str) -> EndReason:
 
 
 def _encode_hello(hello: Hello) -> bytes:
+    info = asdict(replace(hello.info, config={}))  # asdict cannot copy every mapping
     return fields.dumps(
         {
-            "info": {**asdict(hello.info), "config": dict(hello.info.config)},
+            "info": {**info, "config": dict(hello.info.config)},
             "interval_ns": hello.interval_ns,
             "digest_seed": base64.b64encode(hello.digest_seed).decode(),
             "static_records": base64.b64encode(hello.static_records).decode(),
