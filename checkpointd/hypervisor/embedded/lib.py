@@ -1,0 +1,95 @@
+"""The door to the compiled half of the embedded hypervisor: refuses a module that is not of these sources."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpointd import faults
+from checkpointd.errors import HypervisorError, NativeError, UsageError
+
+try:
+    from checkpointd._embedded import ffi, lib
+except ImportError as error:
+    raise NativeError(
+        f"the compiled embedded hypervisor cannot be loaded ({error}): "
+        "run `pip install --no-build-isolation -e .` in the checkout"
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["arm", "check", "ffi", "lib"]
+
+
+def _refuse_stale() -> None:
+    """A checkout's sources may have moved on since the module was built; an installed wheel has none."""
+    sources = Path(__file__).parent / "csrc"
+    tool = Path(__file__).parents[2] / "csrc" / "source_hash.py"
+    if not tool.exists():
+        return
+    wanted: str = runpy.run_path(str(tool))["source_hash"](sources)
+    if ffi.string(lib.CK_SOURCE_HASH).decode() != wanted:
+        raise NativeError(
+            "the compiled embedded hypervisor is older than its sources: "
+            "run `pip install --no-build-isolation -e .` in the checkout"
+        )
+
+
+_refuse_stale()
+
+# The points in C, by the names that CHECKPOINTD_FAULTS uses (faults.py).
+ENGINE_POINTS = {
+    "hv.suspend": lib.FAULT_SUSPEND,
+    "hv.resume": lib.FAULT_RESUME,
+    "hv.harvest": lib.FAULT_HARVEST,
+    "hv.p2m_changes": lib.FAULT_P2M_CHANGES,
+    "hv.types": lib.FAULT_TYPES,
+    "hv.map": lib.FAULT_MAP,
+    "hv.unmap": lib.FAULT_UNMAP,
+    "hv.context": lib.FAULT_CONTEXT,
+    "hv.output_close": lib.FAULT_OUTPUT_CLOSE,
+}
+HOST_POINTS = {
+    "host.step": lib.FAULT_HOST_STEP,
+    "host.input-logged": lib.FAULT_HOST_INPUT_LOGGED,
+    "host.suspended": lib.FAULT_HOST_SUSPENDED,
+    "host.release": lib.FAULT_HOST_RELEASE,
+}
+
+
+def check(rc: int, doing: str) -> int:
+    """`rc` if it is not negative; else HypervisorError: `doing` says what failed."""
+    if rc < 0:
+        raise HypervisorError(f"{doing}: {os.strerror(-rc)}")
+    return rc
+
+
+def arm(points: Mapping[str, int], pids: Mapping[str, int], add: Callable[[Any], int]) -> None:
+    """Hand the rules in force at `points` to C. `pids`: whom "kill", "stop" and "kill-NAME" strike."""
+    for rule in faults.armed():
+        if rule.point.startswith("hv.") and rule.point not in (ENGINE_POINTS | HOST_POINTS):
+            raise UsageError(f"{faults.ENVIRONMENT}: there is no point {rule.point!r}")
+        if rule.point not in points:
+            continue
+        acts = [action for action in rule.actions if action != "again"]
+        if len(acts) > lib.FAULT_ACTIONS:
+            raise UsageError(
+                f"{faults.ENVIRONMENT}: more than {lib.FAULT_ACTIONS} actions at {rule.point}"
+            )
+        compiled = ffi.new("struct fault_rule *")
+        compiled.point, compiled.at = points[rule.point], rule.at
+        compiled.again, compiled.nr_actions = "again" in rule.actions, len(acts)
+        for index, action in enumerate(acts):
+            if action != "fail" and action not in pids:
+                raise UsageError(
+                    f"{faults.ENVIRONMENT}: {action!r} is not possible at {rule.point}"
+                )
+            compiled.action[index] = (
+                lib.FAULT_FAIL if action == "fail" else
+                lib.FAULT_STOP if action == "stop" else lib.FAULT_KILL
+            )  # fmt: skip
+            compiled.pid[index] = pids.get(action, 0)
+        check(add(compiled), f"{faults.ENVIRONMENT}: cannot arm {rule.point}")
