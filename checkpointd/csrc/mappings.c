@@ -178,12 +178,16 @@ int64_t ck_mappings_refresh(struct ck_mappings *cache)
     ck_bitmap_trim(cache->fresh, nr_pfns);
     rc = invalidate(cache, cache->fresh);
     ck_bitmap_or(cache->changed, cache->fresh, nr_pfns);
+    cache->any_changed = true;
     memset(cache->fresh, 0, ck_bitmap_words(nr_pfns) * sizeof(uint64_t));
     return changes > 0 && rc ? rc : changes;
 }
 
 void ck_mappings_take_changed(struct ck_mappings *cache, uint64_t *pending)
 {
+    if (!cache->any_changed)
+        return; /* as nearly always: not worth two passes over the bitmap in each pause */
+    cache->any_changed = false;
     ck_bitmap_or(pending, cache->changed, cache->nr_pfns);
     memset(cache->changed, 0, ck_bitmap_words(cache->nr_pfns) * sizeof(uint64_t));
 }

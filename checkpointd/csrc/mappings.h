@@ -44,6 +44,7 @@ struct ck_mappings {
     uint32_t *mapped;         /* which are mapped, stats.mapped_extents of them, in no order */
     struct ck_extent *extents;
     uint64_t *changed;        /* bitmap: got other frames since ck_mappings_take_changed() */
+    bool any_changed;         /* is a bit of `changed` set? */
     uint64_t *fresh;          /* bitmap: scratch of refresh, all zero outside of it */
     uint64_t *populated;      /* bitmap: had memory behind them when last staged */
     struct ck_mappings_stats stats;

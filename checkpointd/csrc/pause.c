@@ -107,9 +107,9 @@ static const uint8_t *page_of(const uint8_t *base, uint64_t pfn)
     return base + pfn % CK_EXTENT_PAGES * CK_PAGE_SIZE;
 }
 
-/* Bring the first lines of a page on their way while another one is copied; the processor's own
- * prefetcher follows from there but never crosses into a page that it was not led to. Eight:
- * measured, more is slower. */
+/* Bring the first lines of a page on their way while the one before it is copied. Most of the gain is
+ * the address translation, which the processor's own prefetcher never begins for a page it was not led
+ * to. Measured: scattered pages take a quarter less with 2 to 16 lines, and no less with all 64. */
 static void prefetch(const struct ck_mappings *cache, uint64_t pfn)
 {
     const uint8_t *base = ck_mappings_peek(cache, pfn);
