@@ -154,6 +154,11 @@ class Protection:
         """Parts staged and not yet acked."""
         return len(self._flights)
 
+    @property
+    def standby_up(self) -> bool:
+        """The standby has taken the session and is heard."""
+        return self._standby_up
+
     def deadline(self) -> int | None:
         """When (ns, the driver's clock) the next Tick is wanted at the latest."""
         if self.state is State.RETIRING:

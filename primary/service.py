@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PHASES = {state: number for number, state in enumerate(p.State)}  # as heartbeats carry it
 ARENA_PAGE = 4096  # octets
 # s; an abandoned send ends within one slice of the shipper's waiting, and closing a socket with linger 0 at once.
 ABANDON_TIMEOUT = 30.0
@@ -125,6 +126,7 @@ class PrimaryService:
         self._copied = 0  # pages of the first copy dealt with
         self._committed: int | None = None
         self._staged_at: dict[int, int] = {}
+        self._ship_ns = 0
         self._output_read = 0.0
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
         self.on_state: Callable[[str], object] | None = None
@@ -200,6 +202,8 @@ class PrimaryService:
             event = e.Tick(self._control.last_heard_ns or 0)
         if isinstance(event, BaseException):
             raise event
+        if isinstance(event, e.Shipped):
+            self._metrics.shipped(time.monotonic_ns() - self._ship_ns)
         if isinstance(event, Known):
             self._taker.known = event.digests
             event = e.KnownPages()
@@ -239,6 +243,7 @@ class PrimaryService:
                 self._reserve(epoch)
                 return self._live_round(arena)
             case e.Ship(arena):
+                self._ship_ns = time.monotonic_ns()
                 self._shipper.ship(self._session, step, self._taker.frames(arena))
             case e.KeepDirt(arena):
                 self._taker.dirty.keep(arena)
@@ -257,6 +262,8 @@ class PrimaryService:
                         "the shipping thread is stuck; ending, so that no arena is overwritten"
                     )
                 self._taker.dirty.give_back()
+                for _ in self._staged_at:
+                    self._metrics.abandoned()
                 self._staged_at.clear()
             case e.NewSession():
                 self._draw_session()
@@ -408,7 +415,7 @@ class PrimaryService:
 
     def _observe(self) -> None:
         machine = self._machine
-        self._control.progress(machine.epoch, list(p.State).index(machine.state), self._progress)
+        self._control.progress(machine.epoch, _PHASES[machine.state], self._progress)
         now = time.monotonic()
         if now - self._output_read >= OUTPUT_STATS_EVERY and self._ending is None:
             self._output_read = now
@@ -416,6 +423,9 @@ class PrimaryService:
                 # No epoch does it: give back frames that the guest has ballooned out.
                 self._taker.mappings.refresh()
             self._metrics.mappings(self._taker.mappings.stats())
+            self._metrics.peer_connected(machine.standby_up)
+            if machine.acked_epoch is not None:
+                self._metrics.lag(machine.epoch - 1 - (self._committed or machine.acked_epoch))
             try:
                 self._metrics.output(self._domain.output.stats())
             except CheckpointdError as error:
