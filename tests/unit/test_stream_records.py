@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpointd.errors import StreamError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+# The same examples each time, and no limit of time for one: the machine may be busy.
+repeatable = settings(derandomize=True, deadline=None)
 U8, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 32, 64))
 
 # -- golden octets ---------------------------------------------------------------------------------
@@ -137,6 +139,7 @@ def test_every_record_type_has_a_round_trip() -> None:
     assert set(BODIES) == set(RecordType)
 
 
+@repeatable
 @given(st.data(), st.sampled_from(RecordType), st.sampled_from((2, 3)))
 def test_what_is_written_is_read_back(data: st.DataObject, kind: RecordType, version: int) -> None:
     body = data.draw(BODIES[kind])
@@ -151,6 +154,7 @@ def test_what_is_written_is_read_back(data: st.DataObject, kind: RecordType, ver
     assert b"".join(bytes(part) for part in writer.encode(event.content)) == stream[40:]
 
 
+@repeatable
 @given(st.lists(U64, min_size=1, max_size=40))
 def test_census_counts_as_one_would_by_hand(words: list[int]) -> None:
     types = [word >> 60 for word in words]
@@ -196,6 +200,7 @@ def test_bodies_of_impossible_size_are_refused(kind: RecordType, body: bytes) ->
 # -- split_records ---------------------------------------------------------------------------------
 
 
+@repeatable
 @given(st.lists(st.tuples(U32, st.binary(max_size=40)), max_size=6))
 def test_records_are_split_as_they_were_joined(records: list[tuple[int, bytes]]) -> None:
     joined = b"".join(writer.record(kind, body) for kind, body in records)
