@@ -31,7 +31,7 @@ ASKED_AT_ONCE = 8
 # A daemon is on this machine: no proxy of the environment has a part in it.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-HEADS = ("ROLE", "DOMAIN", "DOMID", "STATE", "EPOCH", "LAG", "PAUSE p50", "p99", "NOTES")
+HEADS = ("ROLE", "DOMAIN", "DOMID", "STATE", "ACKED", "LAG", "PAUSE p50", "p99", "NOTES")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -92,21 +92,20 @@ def rows(daemon: dict[str, Any]) -> list[tuple[str, ...]]:
     shared = [*daemon["not_live"], *daemon["not_ready"], *map(loud, daemon.get("unsafe", ()))]
     found: list[tuple[str, ...]] = []
     for domain in daemon["domains"] or [{}]:
-        epoch, committed = domain.get("epoch"), domain.get("committed_epoch")
-        lag = epoch - committed if epoch is not None and committed is not None else None
-        reason = [str(domain["reason"])] if domain.get("reason") else []
-        notes = [*reason, *map(loud, domain.get("unsafe", ())), *shared]
+        # A primary waits for acks, a secondary for its own commits.
+        lag = domain.get("in_flight", domain.get("uncommitted"))
+        notes = [str(domain[key]) for key in ("reason", "alarm") if domain.get(key)]
         found.append(
             (
                 daemon["role"],
                 shown(domain.get("domain")),
                 shown(domain.get("domid", daemon["domid"])),
                 shown(domain.get("state")),
-                shown(epoch),
+                shown(domain.get("acked_epoch")),
                 shown(lag),
                 shown_time(domain.get("pause_p50_ns")),
                 shown_time(domain.get("pause_p99_ns")),
-                "; ".join(dict.fromkeys(notes)),
+                "; ".join(dict.fromkeys([*notes, *shared])),
             )
         )
     return found

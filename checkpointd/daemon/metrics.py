@@ -270,7 +270,9 @@ class SecondaryMetrics(_Base):
     def __init__(self, states: Sequence[str]) -> None:
         super().__init__("secondary")
         of = ("domain",)
-        self._strangers = self._counter("strangers_denied", "Peers without a key we trust.")
+        self._strangers = _Follow(
+            self._counter("strangers_denied", "Connections without a key we trust.")
+        )
         self._bad_frames = self._counter("bad_frames", "Frames that broke the protocol.")
         self._epoch_memory = self._gauge("epoch_memory_bytes", "Octets of epochs arriving.")
         self._received = self._counter("received_bytes", "Octets of epochs received.", *of)
@@ -291,8 +293,9 @@ class SecondaryMetrics(_Base):
         self._alarms = self._counter("alarms", "Alarms raised; the log says which.", *of)
         self._states = self._state(states)
 
-    def stranger_denied(self) -> None:
-        self._strangers.inc()
+    def strangers_denied(self, total: int) -> None:
+        """How many there were since the start, as the authenticator counts them."""
+        self._strangers.set(total)
 
     def bad_frame(self) -> None:
         self._bad_frames.inc()

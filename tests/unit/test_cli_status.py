@@ -21,7 +21,8 @@ PRIMARY = {
     "domid": 4,
     "state": "protected",
     "epoch": 812,
-    "committed_epoch": 810,
+    "acked_epoch": 810,
+    "in_flight": 2,
     "pause_p50_ns": 1_234_567,
     "pause_p99_ns": 2_000_000,
     "unsafe": [],
@@ -80,10 +81,10 @@ def test_a_table_of_both_roles(
                     "domain": "a",
                     "domid": 4,
                     "state": "standby",
-                    "epoch": 811,
-                    "committed_epoch": 811,
+                    "acked_epoch": 811,
+                    "uncommitted": 0,
                 },
-                {"domain": "b", "domid": 5, "state": "syncing", "reason": "first copy"},
+                {"domain": "b", "domid": 5, "state": "syncing", "reason": "first", "alarm": "slow"},
             ],
         },
         role="secondary",
@@ -91,7 +92,7 @@ def test_a_table_of_both_roles(
     code, text = status("--exit-code")
     assert code == 0
     assert [line.split(maxsplit=8) for line in text.splitlines()[1:]] == [
-        ["primary", "kv", "4", "protected", "812", "2", "1.234ms", "2ms"],
+        ["primary", "kv", "4", "protected", "810", "2", "1.234ms", "2ms"],
         ["secondary", "a", "4", "standby", "811", "0", "-", "-", "UNSAFE: unsafe-no-fencing"],
         [
             "secondary",
@@ -102,7 +103,7 @@ def test_a_table_of_both_roles(
             "-",
             "-",
             "-",
-            "first copy; UNSAFE: unsafe-no-fencing",
+            "first; slow; UNSAFE: unsafe-no-fencing",
         ],
     ]
 
@@ -127,7 +128,7 @@ def test_the_json_of_a_daemon(
     assert document["schema"] == 1
     assert found["role"] == "primary"
     assert found["not_ready"] == ["a reason"]
-    assert found["domains"][0]["epoch"] == 812
+    assert found["domains"][0]["acked_epoch"] == 810
     assert found["unsafe"] == []
 
 

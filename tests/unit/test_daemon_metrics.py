@@ -67,7 +67,7 @@ def test_every_series_of_a_standby_is_there_from_the_start() -> None:
     standby.discarded()
     standby.audited(16, 1)
     standby.state("protected")
-    metrics.stranger_denied()
+    metrics.strangers_denied(3)
     metrics.bad_frame()
     assert set(values(metrics.registry)) == before
 
