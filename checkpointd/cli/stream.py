@@ -243,11 +243,11 @@ def describe_body(record: Record) -> dict[str, object]:
             return describe_libxl(record)
         if record.type == RecordType.PAGE_DATA:
             return describe_pages(bodies.PageData.unpack(record.body))
+        if record.type in VCPU:  # a copy of the state, which may be large, is not needed
+            return {"vcpu": bodies.Vcpu.unpack(record.body[:8]).vcpu_id}
         if record.type not in DESCRIBED:
             return {}
         match bodies.decode(record.type, record.body):
-            case bodies.Vcpu(vcpu_id=vcpu):
-                return {"vcpu": vcpu}
             case bodies.PvInfo(guest_width=width, pt_levels=levels):
                 return {"guest_width": width, "pt_levels": levels}
             case bodies.TscInfo() as tsc:
@@ -260,6 +260,8 @@ def describe_body(record: Record) -> dict[str, object]:
 DESCRIBED = (
     RecordType.X86_PV_INFO,
     RecordType.X86_TSC_INFO,
+)
+VCPU = (
     RecordType.X86_PV_VCPU_BASIC,
     RecordType.X86_PV_VCPU_EXTENDED,
     RecordType.X86_PV_VCPU_XSAVE,

@@ -8,14 +8,15 @@ import contextlib
 import os
 import stat
 import sys
-from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
+import tempfile
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from checkpointd.errors import StreamError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from checkpointd.stream.records import Octets
+    from checkpointd.stream.writer import Sink
 
 _CHUNK = 1 << 20  # octets of one read
 # Octets of compressed data given to zstd at once. Four of them can mean 128 KiB (a block of one
@@ -25,10 +26,6 @@ _ZSTD_CHUNK = 1 << 10
 # asked to.
 _ZSTD_WINDOW = 128 << 20
 _ZSTD_LEVEL = 3  # zstd's own default
-
-
-class Sink(Protocol):
-    def write(self, data: Octets, /) -> object: ...
 
 
 def read_chunks(path: str) -> Iterator[bytes]:
@@ -91,9 +88,9 @@ def replacing(path: str) -> Iterator[Sink]:
         return
     path = os.path.realpath(path)  # replace what a link points to, not the link
     mode = _mode_of(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    directory, name = os.path.split(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor, temporary = tempfile.mkstemp(".tmp", f".{name}.", directory)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
     try:
@@ -104,12 +101,12 @@ def replacing(path: str) -> Iterator[Sink]:
             os.fchmod(descriptor, mode)
             os.fsync(descriptor)
         os.replace(temporary, path)
+        _sync_directory(directory)
     except OSError as error:
         raise StreamError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):  # it has its name
             os.unlink(temporary)
-    _sync_directory(os.path.dirname(path))
 
 
 @contextlib.contextmanager

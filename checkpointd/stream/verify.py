@@ -122,7 +122,7 @@ class Verifier:
                 if self._libxl:
                     self._libxl.libxc_record(content)
             else:
-                self._padding(position, content)
+                self.check_padding(position, content)
                 for severity, what in libxl_faults(content.type, content.body):
                     self.found(severity, position, what)
                 assert self._libxl is not None, "a libxl record comes behind a libxl header"
@@ -185,7 +185,7 @@ class Verifier:
         if len(self.report.findings) < FINDINGS_MAX:
             self.report.findings.append(Finding(severity, position, what))
 
-    def _padding(self, position: Position, record: Record) -> None:
+    def check_padding(self, position: Position, record: Record) -> None:
         if any(record.padding):
             self.found(ERROR, position, f"padding is not zero: {record.padding.hex()}")
 
@@ -231,7 +231,7 @@ class _LibxcOrder:
 
     def record(self, position: Position, record: Record) -> None:
         verifier = self._verifier
-        verifier._padding(position, record)  # noqa: SLF001 - one machine in three classes
+        verifier.check_padding(position, record)
         faults = libxc_faults(
             record.type, record.body, version=self.version, guest_width=self._guest_width
         )
@@ -317,11 +317,13 @@ class _LibxcOrder:
             )
         if kind is RecordType.CHECKPOINT or not checkpointed:
             if self.domain_type == DomainType.HVM:
-                missing = [] if RecordType.HVM_CONTEXT in self._epoch else ["HVM_CONTEXT"]
+                needed = {"HVM_CONTEXT": RecordType.HVM_CONTEXT in self._epoch}
+            elif self.domain_type == DomainType.PV:
+                shared_info = RecordType.SHARED_INFO in self._epoch
+                needed = {"SHARED_INFO": shared_info, "X86_PV_VCPU_BASIC of vcpu 0": self._vcpu0}
             else:
-                missing = [] if RecordType.SHARED_INFO in self._epoch else ["SHARED_INFO"]
-                missing += [] if self._vcpu0 else ["X86_PV_VCPU_BASIC of vcpu 0"]
-            for name in missing:
+                needed = {}
+            for name in (name for name, there in needed.items() if not there):
                 found(ERROR, position, f"the epoch has no {name}: no guest can be started from it")
         self._epoch.clear()
         self._vcpu0 = False

@@ -409,6 +409,10 @@ def test_all_findings_are_gathered_with_their_places() -> None:
     assert {finding.position.epoch for finding in report.findings[1:]} == {4}
 
 
+def test_a_guest_of_unknown_type_is_not_asked_for_registers() -> None:
+    assert len(errors(judge(poke("hvm", "domain header", 0, "03")))) == 1
+
+
 def test_findings_are_bounded_and_counted() -> None:
     many = FINDINGS_MAX + 500
     report = judge(before("hvm", "END", *[("x", record(0x13))] * many))
