@@ -26,7 +26,7 @@ from prometheus_client import (
 from checkpointd import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from checkpointd.native import MappingStats, Outcome
     from checkpointd.output.port import OutputStats
@@ -78,8 +78,9 @@ class _Base:
             registry=self.registry,
         )
 
-    def logs_lost(self, count: int) -> None:
-        self._logs_lost.set(count)
+    def follow_logs(self, lost: Callable[[], int]) -> None:
+        """`lost` tells how many records were lost so far; it is called at each scrape."""
+        self._logs_lost.set_function(lost)
 
     def _seconds(self, name: str, text: str, *labels: str) -> Histogram:
         return Histogram(

@@ -116,6 +116,11 @@ def test_output_is_shown(primary: PrimaryMetrics) -> None:
     assert found['checkpointd_output_shut{domain="kv"}'] == 1
 
 
+def test_lost_log_records_are_shown(primary: PrimaryMetrics) -> None:
+    primary.follow_logs(lambda: 12)
+    assert values(primary.registry)["checkpointd_log_records_lost"] == 12
+
+
 def test_the_state_is_one_of_all(primary: PrimaryMetrics) -> None:
     primary.state("protected")
     found = values(primary.registry)
