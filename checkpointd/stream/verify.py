@@ -205,10 +205,11 @@ _VCPU = (
 )
 _PV_ONLY = (*_VCPU, RecordType.X86_PV_INFO, RecordType.X86_PV_P2M_FRAMES, RecordType.SHARED_INFO)
 _HVM_ONLY = (RecordType.HVM_CONTEXT, RecordType.HVM_PARAMS)
-# Records that a receiver can use only once another has come.
+# Records of a PV guest that a receiver can use only once another has come.
 _NEEDS = {
     RecordType.X86_PV_P2M_FRAMES: RecordType.X86_PV_INFO,
     RecordType.SHARED_INFO: RecordType.X86_PV_INFO,
+    RecordType.PAGE_DATA: RecordType.X86_PV_P2M_FRAMES,
     **dict.fromkeys(_VCPU, RecordType.PAGE_DATA),
 }
 _CLOSING = (RecordType.END, RecordType.CHECKPOINT)
@@ -273,8 +274,6 @@ class _LibxcOrder:
             found(ERROR, position, "belongs to a PV guest, the domain header says HVM")
         elif self.domain_type == DomainType.PV:
             needed = _NEEDS.get(kind)
-            if kind is RecordType.PAGE_DATA:
-                needed = RecordType.X86_PV_P2M_FRAMES
             if needed is not None and needed not in seen:
                 self._once(position, f"no {needed.name} before it")
             if kind is RecordType.X86_PV_P2M_FRAMES and kind in seen:
