@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import stat
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -55,7 +56,7 @@ def parse_public(text: str) -> bytes:
         )
     try:
         z85.decode(text)
-    except (ValueError, OverflowError, ArithmeticError) as error:
+    except (ValueError, struct.error) as error:
         raise KeyFileError(f"{text!r} is no Z85 key: {error}") from None
     return text.encode("ascii")
 

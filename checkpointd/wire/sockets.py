@@ -7,6 +7,7 @@ in.
 from __future__ import annotations
 
 import ipaddress
+import re
 import resource
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -25,6 +26,9 @@ Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
 CONTROL_PORT: Final = 10946
 BULK_PORT: Final = 10947
 ZAP_DOMAIN: Final = b"checkpointd"
+_ADDRESS: Final = re.compile(
+    r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5})(?::([0-9]{1,5}))?)?"
+)
 
 # CURVE wraps each frame in 33 octets (ZeroMQ RFC 26: name 8, nonce 8, box 16, flags 1), and the
 # limit is on the wrapped frame; 64 leaves some room.
@@ -76,26 +80,23 @@ def parse_address(text: str) -> tuple[str, int, int]:
 
     Without a bulk port it is the control port plus one.
     """
-    host, ports = text, ""
-    if text.startswith("["):
-        host, bracket, ports = text[1:].partition("]")
-        if not bracket or (ports and not ports.startswith(":")):
-            raise UsageError(f"{text!r}: write an IPv6 address as [ADDRESS]:PORT")
-        ports = ports.removeprefix(":")
-    elif ":" in text:
-        host, _, ports = text.partition(":")
-    control_text, _, bulk_text = ports.partition(":")
-    try:
-        control = int(control_text) if control_text else CONTROL_PORT
-        bulk = int(bulk_text) if bulk_text else control + 1
-        valid = bool(host) and 0 < control < 65536 and 0 < bulk < 65536 and control != bulk
-        if ":" in host:
-            ipaddress.IPv6Address(host)
-    except ValueError:
-        valid = False
-    if not valid or not host.isascii() or not host.isprintable() or set(host) & set(" /;@*"):
-        raise UsageError(f"{text!r} is not HOST[:CONTROL_PORT[:BULK_PORT]] with two ports 1-65535")
-    return host, control, bulk
+    fault = UsageError(
+        f"{text!r} is not HOST[:CONTROL_PORT[:BULK_PORT]]: two ports of 1-65535, IPv6 in brackets"
+    )
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise fault
+    literal, name, control_text, bulk_text = match.groups()
+    control = int(control_text or CONTROL_PORT)
+    bulk = int(bulk_text or control + 1)
+    if not 0 < control < 65536 or not 0 < bulk < 65536 or control == bulk:
+        raise fault
+    if literal:
+        try:
+            ipaddress.IPv6Address(literal)
+        except ValueError:
+            raise fault from None
+    return literal or name, control, bulk
 
 
 def is_loopback(host: str) -> bool:
