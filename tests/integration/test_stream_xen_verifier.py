@@ -83,7 +83,7 @@ def unpacked(package: str) -> str | None:
         )
         (archive,) = staging.glob("*.deb")
         tree = staging / "tree"
-        unpack = ["dpkg-deb", "-x", archive, tree]
+        unpack = ["dpkg-deb", "-x", str(archive), str(tree)]
         subprocess.run(unpack, check=True, capture_output=True, text=True)
         tree.rename(target)
     except subprocess.CalledProcessError as error:
