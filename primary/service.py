@@ -127,6 +127,7 @@ class PrimaryService:
         self._committed: int | None = None
         self._staged_at: dict[int, int] = {}
         self._ship_ns = 0
+        self._dirty = 0  # pages, of the last epoch
         self._output_read = 0.0
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
         self.on_state: Callable[[str], object] | None = None
@@ -157,6 +158,8 @@ class PrimaryService:
             "interval_ns": self._options.interval,
             "pause_p50_ns": pauses[len(pauses) // 2] if pauses else None,
             "pause_p99_ns": pauses[len(pauses) * 99 // 100] if pauses else None,
+            "dirty_pages": self._dirty,
+            "sent_bytes": self._shipper.sent_bytes,
             "copied_pages": self._copied,
             "ram_pages": info.ram_pages,
             "output_shut": machine.output_shut,
@@ -314,6 +317,7 @@ class PrimaryService:
         faults.point("primary.before-pause")
         outcome = self._taker.take(arena, close_output=close_output)
         self._metrics.paused(outcome)
+        self._dirty = outcome.dirty
         if outcome.pause_ns:
             self._pauses.append(outcome.pause_ns)
         if outcome.resume_status not in (0, -errno.EHOSTDOWN, -errno.ESHUTDOWN):

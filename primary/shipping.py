@@ -93,6 +93,7 @@ class Shipper:
         self._report = report
         self._fatal = fatal
         self._count_sent = count_sent
+        self.sent_bytes = 0  # octets of payload, since the start
         self._jobs: queue.SimpleQueue[_Job | _Fetch | _Abandon | None] = queue.SimpleQueue()
         self._abandoning = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
@@ -193,6 +194,7 @@ class Shipper:
                     raise CheckpointdError(
                         f"no frame taken for {SEND_TIMEOUT:.0f} s: {error}"
                     ) from error
+        self.sent_bytes += header.length
         self._count_sent(header.length)
 
     def _check_abandoned(self) -> None:

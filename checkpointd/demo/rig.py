@@ -116,6 +116,12 @@ class Daemon:
                 f"{self.name} did not end within {timeout:.0f} s\n{self.tail()}"
             ) from None
 
+    def ended(self, timeout: float) -> bool:
+        """Whether it has ended within `timeout` seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+        return self.process.poll() is not None
+
     def tail(self) -> str:
         text = self.log.read_text(errors="replace")[-LOG_TAIL:]
         return f"--- {self.log.name}\n{text}---"
@@ -176,6 +182,22 @@ class Rig:
         self.daemons.append(daemon)
         return daemon
 
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+    @staticmethod
+    def udp_port() -> int:
+        return free_port(socket.SOCK_DGRAM)
+
+    def guest_is_up(self, guest: Daemon, *, timeout: float = PATIENCE) -> Daemon:
+        """Wait for the one line that a host prints when its guest runs."""
+        deadline = time.monotonic() + timeout
+        while b" runs: " not in guest.log.read_bytes():
+            if guest.ended(0.02) or time.monotonic() > deadline:
+                raise RigError(f"{guest.name} did not start\n{guest.tail()}")
+        return guest
+
     def guest(self, domid: int = 4, *arguments: str, faults: str = "") -> Daemon:
         return self.start(
             f"guest{domid}", "guest", "--domid", str(domid), *arguments, faults=faults
@@ -232,8 +254,8 @@ class Rig:
                 os.kill(pid, signal.SIGKILL)
 
 
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on; taken again at once, so a race is possible but rare."""
-    with socket.socket() as probe:
+def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
+    """A port of loopback that nobody has; found, not kept, so a race is possible but rare."""
+    with socket.socket(socket.AF_INET, kind) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
