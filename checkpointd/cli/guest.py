@@ -57,6 +57,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--namespace", default="primary", help="which side it is on (default: primary)"
     )
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of sockets and input logs")
+    parser.add_argument(
+        "--output-limit",
+        type=units.parse_size,
+        default=16 << 20,
+        metavar="SIZE",
+        help="of its output held until acknowledged; what is beyond is dropped (default: 16MiB)",
+    )
     parser.add_argument("--paused", action="store_true", help="begin paused")
 
     replay = parser.add_argument_group("replay")
@@ -102,6 +109,7 @@ def _run(args: argparse.Namespace) -> int:
             uuid=str(args.uuid) if args.uuid else "",
             name=args.name,
             address=args.listen,
+            output_limit=args.output_limit,
             paused=args.paused,
         )
     )

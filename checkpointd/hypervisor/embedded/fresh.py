@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from checkpointd.errors import CheckpointdError, UsageError
-from checkpointd.hypervisor.embedded.host import Build, Host
+from checkpointd.hypervisor.embedded.host import OUTPUT_LIMIT, Build, Host
 from checkpointd.hypervisor.embedded.lib import ffi, lib
 from checkpointd.hypervisor.embedded.place import Place
 from checkpointd.hypervisor.port import PAGE_SIZE, DomainInfo, EndReason, HostIdentity
@@ -40,6 +40,7 @@ class FreshGuest:
     uuid: str = ""
     name: str = ""
     address: str = ""
+    output_limit: int = OUTPUT_LIMIT  # octets held while shut
     paused: bool = False
 
     def check(self) -> None:
@@ -77,6 +78,7 @@ def build(guest: FreshGuest) -> Host:
             config={
                 "program": guest.program,
                 "address": guest.address or f"127.0.0.1:{PORT_BASE + place.domid}",
+                "output_limit": guest.output_limit,
             },
         )
         memory_fd = os.memfd_create(f"checkpointd-guest-{place.domid}", os.MFD_CLOEXEC)

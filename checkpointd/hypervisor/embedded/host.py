@@ -113,7 +113,7 @@ class Host:
             )
             pointer = lib.host_new(
                 build.memory_fd, nr_pfns, populated, UUID(build.info.uuid).int & (1 << 64) - 1,
-                udp.fileno(), input_log, OUTPUT_LIMIT,
+                udp.fileno(), input_log, int(config["output_limit"]),
             )  # fmt: skip
             if pointer == ffi.NULL:
                 raise HypervisorError(

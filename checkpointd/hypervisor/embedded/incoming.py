@@ -165,7 +165,11 @@ def main(argv: Sequence[str]) -> int:
         protocol.send(channel, protocol.failure(error))
         return error.exit_code
     guest = fresh.FreshGuest(
-        str(namespace), context.program, info.nr_pfns * PAGE_SIZE, paused=bool(request["paused"])
+        namespace=str(namespace),
+        program=context.program,
+        memory=info.nr_pfns * PAGE_SIZE,
+        output_limit=int(info.config["output_limit"]),
+        paused=bool(request["paused"]),
     )
 
     def started() -> None:

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpointd.errors import HypervisorError
 from checkpointd.hypervisor.embedded import protocol
-from checkpointd.hypervisor.embedded.place import parse_info
+from checkpointd.hypervisor.embedded.place import parse_info, read_domains
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from checkpointd.hypervisor.embedded.fresh import FreshGuest
     from checkpointd.hypervisor.port import DomainInfo
 
 BALLOON_BATCH = 4096  # pfns an order: below 48 KiB of JSON, within MESSAGE_MAX
+
+
+def create(guest: FreshGuest) -> tuple[subprocess.Popen[str], DomainInfo]:
+    """Run a fresh guest in a process of its own; returns once it runs. The process is the caller's to wait for.
+
+    HypervisorError with what the process said if it ends instead.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "checkpointd.hypervisor.embedded.fresh", json.dumps(asdict(guest))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        said = process.communicate()[1].strip()
+        raise HypervisorError(
+            said.rpartition("\n")[2] or f"the guest ended with code {process.returncode}"
+        )
+    # By its process: its domid may have been left to it.
+    domains = read_domains(Path(guest.namespace))
+    return process, next(info for info in domains if info.host.pid == process.pid)
 
 
 @dataclass(frozen=True, slots=True)

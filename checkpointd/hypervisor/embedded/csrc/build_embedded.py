@@ -133,6 +133,9 @@ ffi.set_source(
     ],
     include_dirs=[str(HERE)],
     # Hidden: plain names such as host_new must not meet another library's.
-    extra_compile_args="-O2 -std=gnu11 -Wall -Wextra -fvisibility=hidden -D_GNU_SOURCE".split(),
+    extra_compile_args=[
+        *("-O2", "-std=gnu11", "-Wall", "-Wextra"),
+        *("-fvisibility=hidden", "-D_GNU_SOURCE"),
+    ],
     extra_link_args=["-pthread"],
 )

@@ -124,11 +124,11 @@ static bool run_step(struct host *h, enum step_kind kind, const struct sockaddr_
         event_signal(h->done);
         return false;
     }
-    STORE(h->control->step, guest_step_number(h->machine));
     if (changed)
         *changed = result.changed;
     if (result.reply_bytes)
         nic_send(&h->nic, from, from_bytes, result.reply, result.reply_bytes);
+    STORE(h->control->step, guest_step_number(h->machine));     /* its output is queued by then */
     if (result.end)
         finish(h, result.end);
     return result.end == END_NONE;
