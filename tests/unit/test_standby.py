@@ -1,0 +1,498 @@
+"""The standby's state machine: its stories, one by one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from checkpointd.authority.fence import FenceResult, HostView
+from checkpointd.authority.terms import Role, TermRecord, TermStore
+from checkpointd.hypervisor.port import EndReason
+from checkpointd.secondary import events as ev
+from checkpointd.secondary.standby import RETRY_NS, Policy, Standby, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+UUID = "6f1c1bd4-6d0c-4c52-9a53-1c1f6f7d0a11"
+SECOND = 1_000_000_000
+RESTART = 10 * SECOND
+DEAD = HostView(False, False, "the host has exited")
+ENGINE_GONE = HostView(True, False, "no engine is attached")
+STUCK = HostView(True, True, "an engine is attached")
+FENCED = FenceResult(True, "it has exited")
+NOT_FENCED = FenceResult(False, "it does not answer")
+
+
+def machine(record: TermRecord | None = None) -> Standby:
+    return Standby(Policy(RESTART), record or TermRecord(UUID))
+
+
+def hello(session: int = 1, term: int = 1, **extra: bool) -> ev.HelloReceived:
+    fields = {"resume": False, "guest_here": False, **extra}
+    return ev.HelloReceived(session, term, **fields)
+
+
+def tell(standby: Standby, *events: ev.Event) -> list[ev.Instruction]:
+    """The instructions that the last event gave; those of Hello's term are done on the way."""
+    out: list[ev.Instruction] = []
+    for event in events:
+        out = standby.handle(event)
+        for step in out:
+            if isinstance(step, ev.StoreTerm) and step.role is Role.NONE:
+                out = [*out, *standby.handle(ev.TermStored(step.term, step.role))]
+    return out
+
+
+def of_kind(kind: type, out: list[ev.Instruction]) -> list[ev.Instruction]:
+    return [step for step in out if isinstance(step, kind)]
+
+
+def final(epoch: int, session: int = 1, part: int = 0) -> ev.PartWhole:
+    return ev.PartWhole(session, epoch, part, final=True)
+
+
+def committed(epoch: int, *mismatches: int) -> ev.CommitDone:
+    return ev.CommitDone(epoch, 16, mismatches, 1000)
+
+
+def standing_by(*, pending: bool = False) -> Standby:
+    """After epoch 1 was committed; with `pending`, epoch 2 is acked and not committed."""
+    standby = machine()
+    tell(standby, hello(), final(1), committed(1))
+    assert standby.state is State.STANDBY
+    if pending:
+        tell(standby, final(2))
+    return standby
+
+
+def silence(now: int = 0) -> ev.Tick:
+    return ev.Tick(now, 2 * SECOND)
+
+
+def fencing() -> Standby:
+    standby = standing_by()
+    tell(standby, silence(), ev.ProbeDone(1, DEAD, 0))
+    assert standby.state is State.FENCING
+    return standby
+
+
+def activating() -> Standby:
+    standby = fencing()
+    tell(standby, ev.FenceDone(2, FENCED, 0))
+    assert standby.state is State.ACTIVATING
+    return standby
+
+
+def active() -> Standby:
+    standby = activating()
+    tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE), ev.GuestStarted(7))
+    assert standby.state is State.ACTIVE
+    return standby
+
+
+def test_a_session_begins_with_a_stored_term_and_syncs() -> None:
+    standby = machine()
+    assert standby.handle(hello()) == [ev.StoreTerm(1, Role.NONE, 1)]
+    assert standby.state is State.WAITING  # nothing before the term is stored
+    assert standby.handle(ev.TermStored(1, Role.NONE)) == [
+        ev.BeginSession(1),
+        ev.SendWelcome(1, 0, None),
+    ]
+    assert standby.state is State.SYNCING
+
+
+def test_a_term_that_cannot_be_stored_is_not_welcomed() -> None:
+    standby = machine()
+    standby.handle(hello())
+    out = standby.handle(ev.TermFailed("disk full", 0))
+    assert [type(step) for step in out] == [ev.SendRefused, ev.Alarm]
+    assert standby.state is State.WAITING
+    assert of_kind(ev.SendWelcome, tell(standby, hello()))
+
+
+def test_parts_are_acked_and_the_final_one_is_committed() -> None:
+    standby = machine()
+    tell(standby, hello())
+    assert tell(standby, ev.PartWhole(1, 1, 0, final=False)) == [ev.SendAck(1, 0, False)]
+    assert tell(standby, final(1, part=1)) == [ev.SendAck(1, 1, True), ev.Commit(1)]
+    assert standby.state is State.SYNCING
+    assert tell(standby, committed(1)) == [ev.SendCommitted(1, 1000, 16)]
+    assert standby.state is State.STANDBY
+    assert standby.committed == 1
+
+
+def test_a_part_of_another_session_changes_nothing() -> None:
+    standby = standing_by()
+    assert tell(standby, final(2, session=9)) == []
+    assert standby.pending == []
+
+
+def test_a_resumed_session_is_told_what_was_acked() -> None:
+    standby = standing_by(pending=True)
+    assert tell(standby, hello(resume=True)) == [ev.SendWelcome(1, 2, 1)]
+
+
+def test_a_session_that_this_life_does_not_know_has_to_begin_anew() -> None:
+    standby = machine(TermRecord(UUID, 1, Role.NONE, 50))
+    out = tell(standby, hello(resume=True))
+    assert of_kind(ev.SendWelcome, out) == [ev.SendWelcome(1, 0, None)]
+    assert of_kind(ev.SendFullCopyWanted, out)
+    assert not standby.taking
+    assert not of_kind(ev.SendAck, tell(standby, final(50)))
+    assert of_kind(ev.SendFullCopyWanted, tell(standby, ev.Queried(1)))
+    assert of_kind(ev.SendAck, tell(standby, hello(session=2), final(51, session=2)))
+
+
+def test_an_engine_that_was_replaced_is_refused() -> None:
+    standby = standing_by()
+    tell(standby, hello(session=2))
+    (refusal,) = tell(standby, hello(session=1, resume=True))
+    assert isinstance(refusal, ev.SendRefused)
+    assert refusal.code == "busy"
+
+
+def test_a_new_engine_keeps_the_replica_until_its_first_epoch_is_whole() -> None:
+    standby = standing_by()
+    tell(standby, hello(session=2), ev.PartWhole(2, 2, 0, final=False))
+    assert standby.state is State.STANDBY
+    tell(standby, silence(), ev.ProbeDone(1, DEAD, 0), ev.FenceDone(2, FENCED, 0))
+    assert tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE)) == [ev.StartGuest(1)]
+
+
+def test_a_guest_of_another_size_is_another_replica() -> None:
+    standby = standing_by()
+    out = tell(standby, hello(session=2, same_shape=False))
+    assert of_kind(ev.DropReplica, out)
+    assert standby.state is State.SYNCING
+    assert of_kind(ev.SendAck, tell(standby, final(2, session=2)))
+
+
+def test_silence_alone_leads_to_activation_step_by_step() -> None:
+    standby = standing_by()
+    assert tell(standby, ev.Tick(0, 0)) == []
+    assert tell(standby, silence()) == [ev.Probe(1)]
+    assert tell(standby, silence()) == []
+    assert tell(standby, ev.ProbeDone(1, DEAD, 0)) == [ev.Fence(2)]
+    assert tell(standby, ev.FenceDone(2, FENCED, 0)) == [ev.StoreTerm(2, Role.SECONDARY_ACTIVE, 2)]
+    assert tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE)) == [ev.StartGuest(1)]
+    assert standby.state is State.ACTIVATING
+    tell(standby, ev.GuestStarted(7))
+    assert standby.state is State.ACTIVE
+
+
+@pytest.mark.parametrize("view", [DEAD, STUCK, HostView(None, None, ""), HostView(True, None, "")])
+def test_whatever_else_the_probe_sees_it_fences(view: HostView) -> None:
+    standby = standing_by()
+    tell(standby, silence())
+    assert tell(standby, ev.ProbeDone(1, view, 0)) == [ev.Fence(2)]
+
+
+def test_a_standby_that_is_syncing_is_never_activated() -> None:
+    standby = machine()
+    tell(standby, hello(), ev.PartWhole(1, 1, 0, final=False))
+    (alarm,) = tell(standby, silence())
+    assert isinstance(alarm, ev.Alarm)
+    assert tell(standby, silence(100 * SECOND)) == []  # told once
+    assert standby.state is State.SYNCING
+
+
+def test_planted_activation_waits_for_acked_epochs() -> None:
+    """Epoch 2 is acked, so it was promised: nothing is fenced, let alone started, before it is committed."""
+    standby = standing_by(pending=True)
+    tell(standby, silence())
+    assert tell(standby, ev.ProbeDone(1, DEAD, 0)) == []
+    assert of_kind(ev.Fence, tell(standby, committed(2))) == [ev.Fence(2)]
+    tell(standby, ev.FenceDone(2, FENCED, 0))
+    assert tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE)) == [ev.StartGuest(2)]
+
+
+def test_planted_an_epoch_that_is_whole_and_not_acked_is_not_activated() -> None:
+    standby = fencing()
+    assert tell(standby, final(2)) == []  # held: no ack while the fence is under way
+    out = tell(standby, ev.FenceDone(2, FENCED, 0))
+    assert not of_kind(ev.SendAck, out)
+    assert not of_kind(ev.Commit, out)
+    assert tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE)) == [ev.StartGuest(1)]
+
+
+def test_a_replica_that_fails_its_last_audit_is_not_activated() -> None:
+    standby = standing_by(pending=True)
+    tell(standby, silence(), ev.ProbeDone(1, DEAD, 0))
+    out = tell(standby, committed(2, 77))
+    assert not of_kind(ev.Fence, out)
+    assert standby.state is State.RETIRED
+    assert tell(standby, silence(), silence(100 * SECOND)) == []
+
+
+def test_a_failed_audit_retires_the_replica_and_wants_a_full_copy() -> None:
+    standby = standing_by(pending=True)
+    out = tell(standby, committed(2, 77, 78))
+    assert [type(step) for step in out] == [ev.DropReplica, ev.Alarm, ev.SendFullCopyWanted]
+    assert tell(standby, final(3)) == [out[2]]  # nothing of this session is acked any more
+    assert tell(standby, ev.Queried(1)) == [out[2]]  # its loss on the way does not matter
+    tell(standby, hello(session=2), final(4, session=2), committed(4))
+    assert standby.state is State.STANDBY
+
+
+def test_a_lost_engine_is_waited_for_within_its_limit() -> None:
+    standby = standing_by()
+    tell(standby, silence(), ev.ProbeDone(1, ENGINE_GONE, 5 * SECOND))
+    assert standby.state is State.ENGINE_LOST
+    assert tell(standby, silence(6 * SECOND)) == [ev.Probe(2)]
+    assert tell(standby, ev.ProbeDone(2, ENGINE_GONE, 6 * SECOND)) == []
+    assert tell(standby, silence(15 * SECOND)) == [ev.Fence(3)]
+
+
+def test_a_lost_engine_whose_host_dies_is_not_waited_for() -> None:
+    standby = standing_by()
+    tell(standby, silence(), ev.ProbeDone(1, ENGINE_GONE, 0), silence(SECOND))
+    assert tell(standby, ev.ProbeDone(2, DEAD, SECOND)) == [ev.Fence(3)]
+
+
+def test_an_engine_that_is_started_again_goes_on() -> None:
+    standby = standing_by()
+    tell(standby, silence(), ev.ProbeDone(1, ENGINE_GONE, 0))
+    assert of_kind(ev.SendWelcome, tell(standby, hello(session=2)))
+    assert standby.state is State.STANDBY
+    assert standby.committed == 1
+
+
+@pytest.mark.parametrize("word", [ev.Heard(1), hello(resume=True)])
+def test_a_primary_that_returns_before_the_fence_goes_on(word: ev.Event) -> None:
+    standby = standing_by()
+    tell(standby, silence(), word)
+    assert standby.state is State.STANDBY
+    assert tell(standby, ev.ProbeDone(1, DEAD, 0)) == []  # of the silence that is over
+    assert standby.state is State.STANDBY
+
+
+def test_a_primary_that_returns_during_the_fence_is_answered_when_it_is_decided() -> None:
+    standby = fencing()
+    assert tell(standby, hello(resume=True)) == []
+    out = tell(standby, ev.FenceDone(2, FENCED, 0))
+    assert [step.code for step in out if isinstance(step, ev.SendRefused)] == ["active"]
+
+    standby = fencing()
+    assert tell(standby, final(2), hello(resume=True)) == []
+    out = tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
+    assert of_kind(ev.SendAck, out) == [ev.SendAck(2, 0, True)]
+    assert of_kind(ev.SendWelcome, out)
+    assert standby.state is State.STANDBY
+
+
+def test_a_failed_fence_says_why_and_is_tried_again_while_silence_lasts() -> None:
+    standby = fencing()
+    (alarm,) = tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
+    assert alarm == ev.Alarm("not fenced, so not activated: it does not answer")
+    assert standby.state is State.FAILED
+    assert tell(standby, silence(RETRY_NS - 1)) == []
+    assert tell(standby, ev.Tick(RETRY_NS, 0)) == []
+    assert tell(standby, silence(RETRY_NS)) == [ev.Fence(3)]
+    assert tell(standby, ev.FenceDone(3, NOT_FENCED, RETRY_NS)) == []  # the same: no second alarm
+    tell(standby, ev.Heard(1))
+    assert standby.state is State.STANDBY
+
+
+def test_a_result_of_an_earlier_fence_is_not_taken_for_a_later_one() -> None:
+    standby = fencing()
+    tell(standby, ev.FenceDone(2, NOT_FENCED, 0), silence(RETRY_NS))
+    assert tell(standby, ev.FenceDone(2, FENCED, 0)) == []
+    assert standby.state is State.FENCING
+
+
+def test_a_failed_term_or_start_is_resumed_where_it_stood_and_never_fenced_again() -> None:
+    standby = activating()
+    tell(standby, ev.TermFailed("disk full", 0))
+    assert standby.state is State.FAILED
+    assert tell(standby, ev.Tick(RETRY_NS, 0)) == [ev.StoreTerm(2, Role.SECONDARY_ACTIVE, 2)]
+    assert tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE)) == [ev.StartGuest(1)]
+    tell(standby, ev.StartFailed("address in use", 0))
+    assert standby.state is State.FAILED
+    assert tell(standby, ev.Tick(RETRY_NS, 0)) == [ev.StartGuest(1)]
+    assert tell(standby, ev.GuestStarted(7)) == []
+    assert standby.state is State.ACTIVE
+
+
+def refused(out: list[ev.Instruction]) -> list[str]:
+    assert not of_kind(ev.SendWelcome, out)
+    return [step.code for step in out if isinstance(step, ev.SendRefused)]
+
+
+@pytest.mark.parametrize("make", [activating, active])
+def test_once_fenced_the_old_primary_is_refused(make: Callable[[], Standby]) -> None:
+    standby = make()
+    assert refused(tell(standby, hello(resume=True)))
+    assert refused(tell(standby, hello(session=5)))
+    assert refused(tell(standby, ev.Heard(1))) == ["active"]
+    assert refused(tell(standby, ev.RetireReceived(1, "stop"))) == ["active"]
+    assert refused(tell(standby, ev.EndReceived(1, EndReason.DESTROYED))) == ["active"]
+    assert tell(standby, final(2)) == []
+
+
+def test_an_active_guest_is_given_up_to_a_higher_term_only_and_only_if_it_is_not_here() -> None:
+    standby = active()
+    assert refused(tell(standby, hello(session=5, term=2))) == ["active"]
+    assert refused(tell(standby, hello(session=5, term=3, guest_here=True))) == ["active"]
+    out = tell(standby, hello(session=5, term=3))
+    assert of_kind(ev.SendWelcome, out) == [ev.SendWelcome(5, 0, None)]
+    assert standby.state is State.SYNCING
+    assert standby.committed is None
+
+
+def test_a_retired_replica_is_never_activated() -> None:
+    standby = standing_by(pending=True)
+    out = tell(standby, ev.RetireReceived(1, "stopped by its operator"))
+    assert [type(step) for step in out] == [ev.DropReplica, ev.SendRetired]
+    assert tell(standby, committed(2), silence(), silence(100 * SECOND)) == []
+    assert tell(standby, ev.RetireReceived(1, "again")) == [ev.SendRetired()]
+    assert of_kind(ev.SendWelcome, tell(standby, hello(resume=True)))  # to say Retire once more
+    assert tell(standby, final(3)) == []
+    assert standby.state is State.RETIRED
+
+
+def test_a_retire_that_meets_a_fence_is_answered_only_if_nothing_was_fenced() -> None:
+    standby = fencing()
+    assert tell(standby, ev.RetireReceived(1, "stop")) == []
+    out = tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
+    assert of_kind(ev.SendRetired, out)
+    assert standby.state is State.RETIRED
+
+    standby = fencing()
+    tell(standby, ev.RetireReceived(1, "stop"))
+    assert not of_kind(ev.SendRetired, tell(standby, ev.FenceDone(2, FENCED, 0)))
+
+
+@pytest.mark.parametrize("reason", [EndReason.POWEROFF, EndReason.REBOOT, EndReason.CRASH])
+@pytest.mark.parametrize("make", [standing_by, fencing])
+def test_a_guest_that_ended_is_not_brought_back(
+    make: Callable[[], Standby], reason: EndReason
+) -> None:
+    standby = make()
+    assert of_kind(ev.SendRetired, tell(standby, ev.EndReceived(1, reason)))
+    assert tell(standby, ev.FenceDone(2, FENCED, 0)) == []
+    assert tell(standby, silence(), silence(100 * SECOND)) == []
+    assert standby.state is State.RETIRED
+
+
+def test_a_reboot_begins_protection_anew() -> None:
+    standby = standing_by()
+    tell(standby, ev.EndReceived(1, EndReason.REBOOT), hello(session=2), final(9, session=2))
+    assert standby.pending == [9]
+
+
+def test_an_engine_whose_host_is_lost_is_silent_from_there_on() -> None:
+    standby = standing_by()
+    assert tell(standby, ev.EndReceived(1, EndReason.HOST_LOST)) == []
+    assert standby.deaf
+    assert tell(standby, silence()) == [ev.Probe(1)]
+    assert tell(standby, ev.Heard(1)) == []
+    assert tell(standby, ev.ProbeDone(1, DEAD, 0)) == [ev.Fence(2)]
+
+
+def test_a_guest_destroyed_by_our_own_fence_has_not_ended() -> None:
+    """The fence destroyed it, its answer was lost, and the engine tells what it sees."""
+    standby = fencing()
+    tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
+    assert tell(standby, ev.EndReceived(1, EndReason.DESTROYED)) == []
+    assert tell(standby, silence(RETRY_NS)) == [ev.Fence(3)]
+    out = tell(standby, ev.FenceDone(3, FENCED, RETRY_NS))
+    assert of_kind(ev.StoreTerm, out)
+
+
+def test_memory_that_is_short_costs_the_old_replica_and_says_so_first() -> None:
+    standby = standing_by(pending=True)
+    out = tell(standby, ev.MemoryShort(1, "full"))
+    assert [type(step) for step in out] == [ev.Alarm, ev.DropReplica]
+    assert standby.state is State.SYNCING
+    assert tell(standby, committed(2)) == []  # of the replica that is given up
+    assert not of_kind(ev.Probe, tell(standby, silence()))
+    tell(standby, final(3), committed(3))
+    assert standby.state is State.STANDBY
+
+
+def test_a_malformed_frame_suspends_the_session_until_its_next_hello() -> None:
+    standby = standing_by()
+    out = tell(standby, ev.ProtocolFault(1, "length is 5"))
+    assert [type(step) for step in out] == [ev.SuspendSession, ev.Alarm]
+    assert tell(standby, ev.ProtocolFault(1, "length is 5")) == []
+    assert tell(standby, final(2)) == []
+    assert standby.committed == 1
+    tell(standby, hello(resume=True))
+    assert of_kind(ev.SendAck, tell(standby, final(2)))
+
+
+def test_a_restarted_secondary_knows_what_it_took_over() -> None:
+    standby = machine(TermRecord(UUID, 2, Role.SECONDARY_ACTIVE, 9))
+    assert standby.state is State.ACTIVE
+    assert refused(tell(standby, hello(term=1))) == ["term"]
+    assert refused(tell(standby, hello(term=2))) == ["active"]
+    assert tell(standby, silence(100 * SECOND)) == []
+
+
+# ---------------------------------------------------------------- interrupted everywhere
+
+
+def test_every_crash_during_activation_leaves_at_most_one_runner(tmp_path: Path) -> None:
+    """The whole story from Hello to a running guest, cut off after each instruction in turn; then both
+    daemons come back. Whatever was done before the crash, the old primary runs on only if it was
+    neither fenced nor superseded, and the new life starts nothing that it did not commit itself.
+    """
+    crashes = 0
+    for crash_at in range(1, 100):
+        store = TermStore(tmp_path / str(crash_at))
+        done = perform_story(store, crash_at)
+        record = store.load(UUID)
+        store.close()
+        if len(done) < crash_at:
+            break
+        crashes += 1
+        started = any(isinstance(step, ev.StartGuest) for step in done)
+        assert (record.role is Role.SECONDARY_ACTIVE) or not started
+        again = Standby(Policy(RESTART), record)
+        again_silent = tell(again, silence(), silence(100 * SECOND))
+        assert not of_kind(ev.StartGuest, again_silent)
+        assert not of_kind(ev.Fence, again_silent)
+        out = tell(again, hello(resume=True, guest_here=started))
+        if record.role is Role.SECONDARY_ACTIVE:
+            assert refused(out) == ["term"]
+        else:
+            assert of_kind(ev.SendWelcome, out)
+            assert not of_kind(ev.SendAck, tell(again, final(3)))
+            assert not of_kind(ev.Probe, tell(again, silence(200 * SECOND)))
+    assert crashes == 13  # each instruction of the story below
+
+
+def perform_story(store: TermStore, crash_at: int) -> list[ev.Instruction]:
+    """Play it with a real term store; gives the instructions performed until the crash."""
+    standby = Standby(Policy(RESTART), store.load(UUID))
+    done: list[ev.Instruction] = []
+    events: list[ev.Event] = [hello(), final(1), final(2), silence()]
+    while events:
+        for step in standby.handle(events.pop(0)):
+            answer = perform(step, store)
+            done.append(step)
+            if len(done) == crash_at:
+                return done
+            if answer is not None:
+                events.insert(0, answer)
+    assert standby.state is State.ACTIVE
+    return done
+
+
+def perform(step: ev.Instruction, store: TermStore) -> ev.Event | None:
+    match step:
+        case ev.StoreTerm(term, role, next_epoch):
+            store.store(TermRecord(UUID, term, role, next_epoch))
+            return ev.TermStored(term, role)
+        case ev.Commit(epoch):
+            return committed(epoch)
+        case ev.Probe(attempt):
+            return ev.ProbeDone(attempt, DEAD, 0)
+        case ev.Fence(attempt):
+            return ev.FenceDone(attempt, FENCED, 0)
+        case ev.StartGuest():
+            return ev.GuestStarted(7)
+    return None
