@@ -250,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
         group = own if name in cls.__annotations__ else common
         default = f"default {row.default}" if row.default not in ("", "no") else ""
         notes = "; ".join(filter(None, (row.kind.bounds, default)))
-        text = row.help + (f" ({notes})" if notes else "")
+        text = (row.help + (f" ({notes})" if notes else "")).replace("%", "%%")  # argparse's sign
         flag = "--" + name_of(name)
         if row.kind.toml is bool:
             group.add_argument(
