@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, drawn by a thread of its own: a terminal that blocks stops nobody."""
+"""A progress bar on a terminal, drawn by its own thread: a terminal that blocks stops nobody."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLOSE_TIMEOUT = 0.5  # s; what a blocked terminal may cost at the end
 
 
 class Progress:
-    """``first copy [#######       ]  23%`` until update() says that all is done, or the context ends."""
+    """``first copy [#######       ]  23%`` until update() says all is done, or the context ends."""
 
     def __init__(self, what: str, descriptor: int = 2) -> None:
         self._what = what

@@ -1,4 +1,4 @@
-"""What is shipped: an sdist that holds all a build needs, and a wheel of it that holds all a run needs."""
+"""What is shipped: an sdist with all that a build needs, and its wheel with all that a run needs."""
 
 from __future__ import annotations
 
