@@ -1,4 +1,4 @@
-"""What is shipped: an sdist with all that a build needs, and its wheel with all that a run needs."""
+"""What is shipped: an sdist with all that a build needs, its wheel with all that a run needs."""
 
 from __future__ import annotations
 
