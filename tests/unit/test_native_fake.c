@@ -32,6 +32,7 @@ struct fake {
     uint64_t passages[CALLS];
     int fault_call, fault_errno, fault_late; /* late: the work is done, then it fails */
     uint64_t fault_at, fault_passages;
+    bool lies;           /* types() answers about another pfn */
     int64_t swap_after_types, hole_after_types; /* pfns, -1: none; the guest runs on between two calls */
     char journal[JOURNAL];
     size_t noted;
@@ -148,7 +149,7 @@ static int types(void *domain, uint64_t *pfns, uint32_t count)
 
         if (f->p2m[pfns[i]] == HOLE && !type)
             type = CK_TYPE_XTAB;
-        pfns[i] |= type << CK_TYPE_SHIFT;
+        pfns[i] = (pfns[i] ^ f->lies) | type << CK_TYPE_SHIFT;
     }
     if (f->swap_after_types >= 0)
         fake_swap(f, (uint64_t)f->swap_after_types);
@@ -299,6 +300,7 @@ void fake_dirty(struct fake *f, uint64_t pfn) { set(f->log, pfn); }
 int fake_is_dirty(struct fake *f, uint64_t pfn) { return get(f->log, pfn); }
 void fake_hold(struct fake *f, uint64_t pfn) { set(f->held, pfn); }
 void fake_set_type(struct fake *f, uint64_t pfn, uint8_t type) { f->type[pfn] = type; }
+void fake_lie(struct fake *f) { f->lies = true; }
 void fake_context_length(struct fake *f, uint64_t length) { f->context_length = length; }
 void fake_map_limit(struct fake *f, uint64_t extents) { f->map_limit = extents; }
 void fake_after_types(struct fake *f, int64_t swap, int64_t hole)

@@ -69,6 +69,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Any:
         int fake_is_dirty(void *f, uint64_t pfn);
         void fake_hold(void *f, uint64_t pfn);
         void fake_set_type(void *f, uint64_t pfn, uint8_t type);
+        void fake_lie(void *f);
         void fake_context_length(void *f, uint64_t length);
         void fake_map_limit(void *f, uint64_t extents);
         void fake_after_types(void *f, int64_t swap, int64_t hole);
@@ -311,6 +312,23 @@ def test_a_type_that_no_record_may_hold_fails_the_epoch(
     assert set(guest.pending) == {3}
 
 
+def test_an_answer_about_other_pages_fails_the_epoch(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest()
+    guest.write(3, text(3))
+    guest.lib.fake_lie(guest.handle)
+    outcome = guest.pause()
+    assert (outcome.status, outcome.step) == (-errno.EPROTO, "stage")
+    assert set(guest.pending) == {3}
+
+
+def test_bits_beyond_the_guest_are_not_pages(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest()
+    guest.lib.fake_swap(guest.handle, NR_PFNS - 1)
+    guest.lib.fake_dirty(guest.handle, NR_PFNS)  # a log is in whole words, and may say anything
+    outcome = guest.pause()
+    assert (outcome.dirty, list(guest.carried)) == (1, [NR_PFNS - 1])
+
+
 def test_final_harvest_brings_what_the_hypervisor_holds_writable(
     make_guest: Callable[..., Guest],
 ) -> None:
@@ -513,6 +531,9 @@ def test_a_page_with_another_frame_is_read_from_that_frame(
     assert guest.pause().status == 0
     assert staged(guest.arena) == {20: text(20, 2)}
     assert guest.mappings.stats().invalidated == 1
+    guest.carried.clear()
+    guest.lib.fake_swap(guest.handle, 700)
+    assert guest.pause().dirty == 1, "news is told once"
 
 
 def test_planted_a_cache_without_invalidation_reads_the_old_frame(
@@ -701,6 +722,34 @@ def test_the_audit_may_be_restricted(make_guest: Callable[..., Guest]) -> None:
     assert list(audited(guest.arena)) == [8, 3]
 
 
+def test_the_audit_spends_nothing_on_pages_that_have_gone(
+    make_guest: Callable[..., Guest],
+) -> None:
+    guest = make_guest(audit_pages=1)
+    guest.write(5, text(5))
+    guest.write(6, text(6))
+    guest.pause()
+    guest.lib.fake_hole(guest.handle, 5)
+    for _ in range(2):
+        guest.carried.clear()
+        guest.pause()
+    assert list(audited(guest.arena)) == [6]
+
+
+def test_the_audit_touches_nothing_that_went_unreported(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest()
+    guest.write(5, text(5))
+    guest.pause()
+    guest.carried.clear()
+    guest.lib.fake_hole(guest.handle, 5)
+    thief = Mappings(guest.table, NR_PFNS, EXTENT * PAGE)
+    assert thief.refresh() == 1
+    thief.close()
+    guest.mappings.invalidate_all()  # mapped again it would be a hole
+    outcome = guest.pause()
+    assert (outcome.status, outcome.audited) == (0, 0)
+
+
 def test_the_audit_finds_dirt_that_nobody_reported(make_guest: Callable[..., Guest]) -> None:
     guest = make_guest()
     guest.write(5, text(5))
@@ -753,6 +802,20 @@ def test_a_round_begins_at_its_cursor_and_goes_round(make_guest: Callable[..., G
     assert list(staged(guest.arena)) == [2]
 
 
+def test_a_round_of_gone_pages_stops_when_their_list_is_full(
+    make_guest: Callable[..., Guest],
+) -> None:
+    guest = make_guest(capacity=3)
+    for pfn in range(100, 108):
+        guest.lib.fake_hole(guest.handle, pfn)
+    gone: list[int] = []
+    for left in (5, 2, 0):
+        assert guest.live_round().remaining == left
+        gone += words_of(guest.arena.gone_pfns)
+        guest.carried.clear()
+    assert gone == [XTAB << 60 | pfn for pfn in range(100, 108)]
+
+
 def test_pages_that_the_other_side_has_are_left_out(make_guest: Callable[..., Guest]) -> None:
     guest = make_guest()
     for pfn in (10, 11, 12):
@@ -787,7 +850,7 @@ def test_a_frame_that_changes_under_a_round_waits_for_the_next(
     outcome = guest.live_round()
     assert outcome.status == 0
     assert staged(guest.arena) == {700: text(700)}  # its whole extent waits
-    assert set(guest.pending) == {5, 6}
+    assert (set(guest.pending), set(guest.carried)) == ({5, 6}, {700})
     guest.carried.clear()
     if change == "swap":
         guest.write(6, text(6, 1))
