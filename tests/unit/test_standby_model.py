@@ -156,7 +156,7 @@ class World(RuleBasedStateMachine):
     def job_done(self, which: int, good: bool, view: tuple[bool | None, bool | None]) -> None:
         """Any job may end next, except that jobs of one thread end in order."""
         life = self.life
-        threads = [
+        threads: list[list[ev.Instruction]] = [
             [job for job in life.jobs if isinstance(job, ev.Commit | ev.StartGuest)],
             [job for job in life.jobs if not isinstance(job, ev.Commit | ev.StartGuest)],
         ]
