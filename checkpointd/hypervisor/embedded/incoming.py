@@ -63,31 +63,33 @@ class EmbeddedIncoming:
             theirs.close()
 
     def start(self, context: bytes, populated: bytes, *, paused: bool = False) -> DomainInfo:
-        if len(populated) != (self._nr_pfns + 63) // 64 * 8:
-            raise HypervisorError(
-                f"a populated bitmap of {len(populated)} octets does not fit the guest"
-            )
+        """If it raises, what was prepared is discarded."""
+        try:
+            if len(populated) != (self._nr_pfns + 63) // 64 * 8:
+                raise HypervisorError(
+                    f"a populated bitmap of {len(populated)} octets does not fit the guest"
+                )
+            answer = self._order_start(context, populated, paused)
+        except BaseException:
+            self.discard()
+            raise
+        self._socket.close()
+        # It goes on without us; while we live we are its parent, and somebody must take note of its end.
+        threading.Thread(target=self._process.wait, name="guest-reaper", daemon=True).start()
+        return parse_info(answer["info"])
+
+    def _order_start(self, context: bytes, populated: bytes, paused: bool) -> protocol.Message:
+        """Both in a memfd: the bitmap of a large guest does not fit a message."""
         blob = os.memfd_create("checkpointd-start", os.MFD_CLOEXEC)
         try:
             with os.fdopen(blob, "wb", closefd=False) as file:
                 file.write(context + populated)
             self._socket.settimeout(START_TIMEOUT)
-            request = {
-                "op": "start",
-                "context": len(context),
-                "populated": len(populated),
-                "paused": paused,
-            }
-            answer, _ = protocol.call(self._socket, request, (blob,))
-        except BaseException:
-            self.discard()
-            raise
+            sizes = {"context": len(context), "populated": len(populated)}
+            request = {"op": "start", **sizes, "paused": paused}
+            return protocol.call(self._socket, request, (blob,))[0]
         finally:
             os.close(blob)
-        self._socket.close()
-        # It goes on without us; while we live we are its parent, and somebody must take note of its end.
-        threading.Thread(target=self._process.wait, name="guest-reaper", daemon=True).start()
-        return parse_info(answer["info"])
 
     def discard(self) -> None:
         """Idempotent; nothing of a started guest is touched."""
