@@ -52,7 +52,7 @@ WELCOME = Welcome(SESSION, TERM, 7, None, True, 1 << 30, HOST)
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
-text = st.text(st.characters(exclude_categories=("C", "Z")), max_size=64)
+text = st.text(st.characters(min_codepoint=33).filter(str.isprintable), max_size=64)
 i63 = st.integers(0, 2**63 - 1)
 
 
