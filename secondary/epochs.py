@@ -105,6 +105,7 @@ class EpochAssembler:
         self._whole = False  # the part has left as a Load and is not acked yet
         self._frames: dict[int, tuple[Kind, Octets]] = {}
         self._end: PartEnd | None = None
+        self._hungry = False  # a frame of the part was not kept for want of memory
         self._taken = 0  # octets reserved
         self.discarded = 0  # partial epochs thrown away
         self.starved = 0  # frames not kept because other epochs held the memory
@@ -141,7 +142,10 @@ class EpochAssembler:
             return self._acked_before(epoch, part)
         if (epoch, part) != (self._epoch, self._part):
             return Lacking(epoch, part, EVERYTHING)
-        return None if self._whole else Lacking(epoch, part, self._gaps())
+        if self._whole:
+            return None
+        self._hungry = False
+        return Lacking(epoch, part, self._gaps())
 
     def acked(self, epoch: int, part: int, *, final: bool) -> None:
         """The part was acked: go on to the next."""
@@ -160,7 +164,7 @@ class EpochAssembler:
         self._frames = {}
         self._end = None
         self._taken = 0
-        self._whole = False
+        self._whole = self._hungry = False
 
     def discard(self) -> None:
         """Throw the partial epoch away."""
@@ -183,6 +187,7 @@ class EpochAssembler:
         if not self._budget.take(cost):
             # Committing other epochs frees memory; the primary asks again for what is missing.
             self.starved += 1
+            self._hungry = True
             return
         self._taken += cost
         self._frames[header.sequence] = (header.kind, payload)
@@ -209,11 +214,10 @@ class EpochAssembler:
         if any(sequence >= end.frames for sequence in self._frames):
             raise FrameError("frames", f"is {end.frames}, but a frame beyond came")
         self._end = end
-        starved = self.starved
         load = self._try_whole()
-        if load is None and starved == self.starved:
+        if load is None and not self._hungry:
             return Lacking(self._epoch, self._part, self._gaps())
-        return load
+        return load  # hungry: shipping again at once would meet the same want
 
     def _try_whole(self) -> Load | None:
         end = self._end
