@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import os
 import select
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointd.authority.fence import FenceResult, HostView
-from checkpointd.hypervisor.port import HostIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class HostIdentity:
+    """Names a process, such as the one that runs a guest, so that nothing else can be mistaken for it.
+
+    A pid alone is reused; with the boot id and the start time it is not. `control` is where the process takes
+    orders (for an embedded host the path of its socket), empty where it takes none from outside.
+    """
+
+    boot_id: str  # /proc/sys/kernel/random/boot_id: which boot of which machine
+    pid: int
+    start_time: int  # clock ticks since boot: field 22 of /proc/PID/stat
+    control: str = ""
 
 
 def boot_id() -> str:
@@ -16,16 +30,17 @@ def boot_id() -> str:
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of process `pid`; None: no such process.
+    """Clock ticks from boot to the start of process `pid`; None: there is none, or it has ended.
 
     proc(5), field 22 of /proc/PID/stat.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
         return None
     # The command's name (field 2) is in parentheses and may hold anything, so count from its end.
-    return int(stat.rpartition(")")[2].split()[19])
+    fields = stat.rpartition(b")")[2].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def identify(pid: int | None = None, control: str = "") -> HostIdentity:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from checkpointd.authority.processes import HostIdentity as HostIdentity  # noqa: TC001 - part of the port, for its users
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -28,20 +30,6 @@ class EndReason(StrEnum):
     CRASH = "crash"
     DESTROYED = "destroyed"
     HOST_LOST = "host-lost"
-
-
-@dataclass(frozen=True, slots=True)
-class HostIdentity:
-    """Names the process that runs a guest so that nothing else can be mistaken for it.
-
-    A pid alone is reused; with the boot id and the start time it is not. `control` is where the host takes
-    orders (for the embedded host the path of its socket), empty where it takes none from outside.
-    """
-
-    boot_id: str  # /proc/sys/kernel/random/boot_id: which boot of which machine
-    pid: int
-    start_time: int  # clock ticks since boot: field 22 of /proc/PID/stat
-    control: str = ""
 
 
 @dataclass(frozen=True, slots=True)

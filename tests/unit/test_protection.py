@@ -6,7 +6,8 @@ each one that no dirt is lost, no output leaves early, and no arena is staged in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,20 +24,18 @@ PAGES = 6
 ARENA_PAGES = 3
 
 
-def policy(**changes: object) -> p.Policy:
-    values: dict[str, object] = {
-        "interval_ns": 100 * MS,
-        "arenas": 2,
-        "arena_pages": ARENA_PAGES,
-        "ram_pages": PAGES,
-        "output_depth": 8,
-        "run_without_standby": False,
-        "standby_timeout_ns": 1000 * MS,
-        "ack_timeout_ns": 5000 * MS,
-        "give_up_after_ns": 60_000 * MS,
-        "max_live_rounds": 30,
-    }
-    return p.Policy(**(values | changes))  # type: ignore[arg-type] - a table of overrides
+BASE = p.Policy(
+    interval_ns=100 * MS,
+    arenas=2,
+    arena_pages=ARENA_PAGES,
+    ram_pages=PAGES,
+    output_depth=8,
+    run_without_standby=False,
+    standby_timeout_ns=1000 * MS,
+    ack_timeout_ns=5000 * MS,
+    give_up_after_ns=60_000 * MS,
+    max_live_rounds=30,
+)
 
 
 @dataclass
@@ -97,7 +96,9 @@ class Driver(RuleBasedStateMachine):
         self.finished: e.Finish | None = None
         self.synced = False  # the standby holds every page the engine does not
         self.machine = p.Protection(
-            policy(output_depth=self.depth, run_without_standby=self.run_without), 1, self.now
+            replace(BASE, output_depth=self.depth, run_without_standby=self.run_without),
+            1,
+            self.now,
         )
         self.prove_gone = 0
         self.said_last = False
@@ -349,13 +350,13 @@ for case in (TestDriver, TestDepthOne, TestRunWithout):
 # -------------------------------------------------------------------- single stories
 
 
-def welcomed(**changes: object) -> p.Protection:
-    machine = p.Protection(policy(**changes), 1, 0)
+def welcomed(**changes: Any) -> p.Protection:
+    machine = p.Protection(replace(BASE, **changes), 1, 0)
     machine.handle(e.Welcomed(same_standby=False, has_image=False), 0)
     return machine
 
 
-def protected(**changes: object) -> p.Protection:
+def protected(**changes: Any) -> p.Protection:
     """A machine that has just had its first epoch acked."""
     machine = welcomed(**changes)
     steps = machine.handle(e.Staged(0, 0, 0), 0)
@@ -372,7 +373,7 @@ def kinds(steps: list[e.Instruction]) -> list[type]:
 
 
 def test_a_new_engine_sends_everything() -> None:
-    steps = p.Protection(policy(), 7, 0).handle(
+    steps = p.Protection(BASE, 7, 0).handle(
         e.Welcomed(same_standby=False, has_image=True, last_epoch=40), 0
     )
     assert kinds(steps) == [e.Abandon, e.BeginAnew, e.FetchKnown]
@@ -412,7 +413,7 @@ def test_a_failed_audit_opens_a_new_session_and_copies_everything() -> None:
 
 
 def test_epoch_numbers_go_on_above_what_the_standby_has_seen() -> None:
-    machine = p.Protection(policy(), 7, 0)
+    machine = p.Protection(BASE, 7, 0)
     machine.handle(e.Welcomed(same_standby=False, has_image=False, last_epoch=40), 0)
     assert machine.epoch > 40
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpointd.authority.fence import FenceResult, HostView
+from checkpointd.authority.processes import boot_id, start_time
 from checkpointd.errors import HypervisorError
 from checkpointd.hypervisor.embedded import protocol
-from checkpointd.hypervisor.embedded.place import boot_id, start_time
 
 if TYPE_CHECKING:
     from checkpointd.hypervisor.port import HostIdentity

@@ -13,27 +13,17 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from checkpointd.authority.processes import HostIdentity, boot_id, identify, start_time
 from checkpointd.daemon import paths
 from checkpointd.errors import DomainBusyError
-from checkpointd.hypervisor.port import DomainInfo, HostIdentity
+from checkpointd.hypervisor.port import DomainInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DOMID_MAX = 0x7FEF  # the highest that Xen gives to a domain (DOMID_FIRST_RESERVED - 1)
-
-
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def start_time(pid: int) -> int | None:
-    """Clock ticks since boot at which process `pid` began; None if there is no such process (any more)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def namespace_directory(namespace: str, run_dir: Path | None = None) -> Path:
@@ -87,9 +77,7 @@ class Place:
 
     def identity(self) -> HostIdentity:
         """Of this process, as the host of the guest that lives here."""
-        began = start_time(os.getpid())
-        assert began is not None
-        return HostIdentity(boot_id(), os.getpid(), began, str(self.control))
+        return identify(control=str(self.control))
 
     def publish(self, info: DomainInfo) -> None:
         """Let others find the guest: written whole, under another name, then renamed."""
