@@ -95,7 +95,7 @@ ffi.cdef(
         struct ck_arena *arena;
         const struct ck_digest_key *key;
         const uint64_t *audit;
-        const uint8_t *known;
+        uint8_t *known;
         uint64_t cursor;
         int64_t suspend_timeout_ns;
         bool close_output;

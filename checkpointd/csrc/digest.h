@@ -8,10 +8,11 @@
  *
  *   h_j = 1
  *   for each block of 4096 octets, read as 1024 u32 m[], the last block filled up with zeros:
- *       nh  = sum over i < 512 of (m[2i] + k[2i+4j] mod 2^32) * (m[2i+1] + k[2i+1+4j] mod 2^32)
- *       mod 2^64 h_j = h_j * r_j + (nh >> 32)          mod p h_j = h_j * r_j + (nh & 0xffffffff)
- *       mod p
- *   h_j = h_j * r_j + length in octets        mod p
+ *       nh  = sum over i < 512 of (m[2i] + k[2i+4j] mod 2^32) * (m[2i+1] + k[2i+1+4j] mod 2^32),
+ *             mod 2^64
+ *       h_j = h_j * r_j + (nh >> 32)            mod p
+ *       h_j = h_j * r_j + (nh & 0xffffffff)     mod p
+ *   h_j = h_j * r_j + length in octets          mod p
  *
  * and the digest is h_0, h_1 as two little endian u64. NH, with the key shifted by four words for
  * the second pass, is the universal family of UMAC (RFC 4418, section 5): two blocks that differ

@@ -4,12 +4,10 @@
  * page frame a page) and it keeps invariant 8, "a page is never read through a mapping that no
  * longer shows that page", by this order:
  *
- *   1. ck_mappings_refresh() learns which pfns have other frames behind them, and makes stale every
- *   extent that
- *      has one, before
+ *   1. ck_mappings_refresh() learns which pfns have other frames behind them, and unmaps every
+ *      extent that has one, before
  *   2. types() says which pages have anything behind them, before
- *   3. ck_mappings_extent() gives an address, which is valid until the next call of a function
- *   here.
+ *   3. ck_mappings_extent() gives an address, valid until the next call of a function here.
  *
  * While the guest runs its frames may change between 1 and 3: live rounds refresh once more after 3
  * and leave alone any extent that is no longer valid.

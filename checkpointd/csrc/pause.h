@@ -44,7 +44,8 @@ struct ck_request {
     struct ck_arena *arena;
     const struct ck_digest_key *key; /* of the audit, and of `known` */
     const uint64_t *audit; /* pause: bitmap of what to audit; NULL: all that was ever staged */
-    const uint8_t *known;  /* live: CK_DIGEST_SIZE octets a pfn, zero: not known; or NULL */
+    uint8_t *known;        /* live, or NULL: CK_DIGEST_SIZE octets a pfn, of what the other side
+                            * has, zero: unknown; becomes zero where another version is staged */
     uint64_t cursor;       /* pfn at which the audit (pause) or the staging (live) begins */
     int64_t suspend_timeout_ns;
     bool close_output; /* pause */
@@ -56,12 +57,11 @@ struct ck_outcome {
     int resume_status;
     enum ck_step step;
 
-    /* CLOCK_MONOTONIC nanoseconds. pause_ns is from the return of suspend() to the return of
-     * resume(). */
+    /* CLOCK_MONOTONIC nanoseconds; pause_ns: from the return of suspend() to that of resume(). */
     int64_t suspend_ns, harvest_ns, stage_ns, context_ns, audit_ns, output_ns, resume_ns, pause_ns;
 
     uint64_t pages, zeros, gone; /* staged: with data, all zero, nothing there */
-    uint64_t known;     /* left out, since the other side has them */
+    uint64_t known;     /* left out, since the other side has them; their bits are in `carried` */
     uint64_t dirty;     /* bits in `pending` after the harvest */
     uint64_t remaining; /* bits in `pending` at the end */
     uint64_t audited;

@@ -1,6 +1,5 @@
 /*
- * The standby's side: from the records of an epoch into the image of a guest (pfn p at octet p *
- * 4096).
+ * The standby's side: from the records of an epoch into a guest's image (pfn p at octet p * 4096).
  *
  * A record or list is checked once, when it arrives (ck_record_check, ck_words_check); after that
  * nothing here can fail, which is what lets an ack be a promise (invariant 1). No function writes
@@ -13,7 +12,7 @@
 
 #include <stdint.h>
 
-/* Answers of the checks; each has its own text in native.py. */
+/* Answers of the checks; each has its own text in native/image.py. */
 enum ck_fault {
     CK_FAULT_NONE,
     CK_FAULT_SHORT,    /* too short to hold the head */
@@ -46,8 +45,7 @@ void ck_zero_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, ui
 /* Take these pages away: zero and not populated. */
 void ck_drop_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count);
 
-/* Copy each page in `overlaid` from the overlay, an image of the same size, and mark it populated.
- * */
+/* Copy each page in `overlaid` from the overlay, an image of the same size; mark it populated. */
 void ck_merge(uint8_t *image, const uint8_t *overlay, uint64_t nr_pfns, const uint64_t *overlaid,
               uint64_t *populated);
 

@@ -12,7 +12,7 @@ from checkpointd.native.digest import DIGEST_SIZE
 from checkpointd.native.library import ffi, lib
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+    from _typeshed import WriteableBuffer
 
     from checkpointd._native import CData
     from checkpointd.native.arena import Arena
@@ -120,21 +120,23 @@ def live_round(
     cursor: int,
     detect_zero: bool = True,
     key: DigestKey | None = None,
-    known: ReadableBuffer | None = None,
+    known: WriteableBuffer | None = None,
 ) -> Outcome:
     """One round with the guest running: harvest into `pending`, stage from pfn `cursor` upwards,
     and round to it again, as many as fit; the rest stays in `pending`.
 
     `known` has the secondary's digest of each page, 16 octets a pfn, all zero where it has none. A
-    page whose digest under `key` is that one is not staged and no longer dirty: the log is on, so a
-    later change shows. Raises as pause() does.
+    page whose digest under `key` is that one is not staged, though its bit is in `carried` with the
+    others: the log is on, so a later change shows. Where a page is staged, `known` becomes zero: the
+    secondary's version is no longer that one, not even if the guest changes it back. For the same
+    reason `known` is void once a pause has succeeded. Raises as pause() does.
     """
     request = _request(table, mappings, pending, carried, arena, cursor, detect_zero)
     if known is not None:
         if key is None:
             raise ValueError("known digests need the key they were made with")
         request.key = key.key
-        digests = ffi.from_buffer("uint8_t[]", known)  # alive until this function returns
+        digests = ffi.from_buffer("uint8_t[]", known, require_writable=True)
         if len(digests) != mappings.nr_pfns * DIGEST_SIZE:
             raise ValueError(f"{len(digests)} octets of digests for {mappings.nr_pfns} pfns")
         request.known = digests

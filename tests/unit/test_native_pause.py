@@ -830,10 +830,31 @@ def test_pages_that_the_other_side_has_are_left_out(make_guest: Callable[..., Gu
     guest.write(10, text(10, 2))  # the log is on: a later change shows
     guest.pause()
     assert staged(guest.arena) == {10: text(10, 2)}
+    with pytest.raises((TypeError, BufferError)):
+        guest.live_round(key=KEY, known=bytes(known))  # read-only: it could not be forgotten
     with pytest.raises(ValueError, match="octets of digests"):
         guest.live_round(key=KEY, known=known[:-1])
     with pytest.raises(ValueError, match="key"):
         guest.live_round(known=known)
+
+
+@pytest.mark.parametrize("between", ["data", "zero", "gone"])
+def test_a_known_page_that_changes_there_and_back_is_sent_both_times(
+    make_guest: Callable[..., Guest], between: str
+) -> None:
+    guest = make_guest()
+    known = bytearray(16 * NR_PFNS)
+    known[160:176] = KEY.digest(text(10))
+    if between == "gone":
+        guest.lib.fake_hole(guest.handle, 10)
+    else:
+        guest.write(10, text(10, 1) if between == "data" else ZERO)
+    assert guest.live_round(key=KEY, known=known).known == 0
+    guest.carried.clear()
+    guest.lib.fake_swap(guest.handle, 10)
+    guest.write(10, text(10))
+    assert guest.live_round(key=KEY, known=known).known == 0
+    assert staged(guest.arena) == {10: text(10)}
 
 
 @pytest.mark.parametrize("change", ["swap", "hole"])
