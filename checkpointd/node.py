@@ -121,7 +121,7 @@ def run_primary(
 ) -> int:
     """Protect a domain until it ends, or protection does; returns the exit code. A reboot is followed."""
     with ExitStack() as stack:
-        stack.enter_context(logs.started(options.log_level, options.log_format))
+        writer = stack.enter_context(logs.started(options.log_level, options.log_format))
         native.self_test()
         hypervisor = choose_hypervisor(options.hypervisor, options.run_dir, options.namespace)
         info = hypervisor.find(domid=options.domid, uuid=options.uuid)
@@ -130,7 +130,7 @@ def run_primary(
         contexts = Contexts.make()
         stack.callback(contexts.close)
         while True:
-            ending = _protect(options, hypervisor, info, terms, contexts, on_progress)
+            ending = _protect(options, hypervisor, info, terms, contexts, writer, on_progress)
             log.log(logging.ERROR if ending.exit_code else logging.INFO, "%s", ending.text)
             if ending.guest is not EndReason.REBOOT:
                 return ending.exit_code
@@ -153,6 +153,7 @@ def _protect(
     info: DomainInfo,
     terms: TermStore,
     contexts: Contexts,
+    writer: logs.Writer,
     on_progress: Callable[[int, int], None] | None,
 ) -> Ending:
     from checkpointd.daemon.metrics import PrimaryMetrics
@@ -170,6 +171,7 @@ def _protect(
             record = terms.load(info.uuid)
         epochs = _Epochs(terms, info.uuid)
         metrics = PrimaryMetrics(info.name, list(State))
+        metrics.follow_logs(lambda: writer.lost)
         service = PrimaryService(
             options,
             domain,
@@ -247,7 +249,7 @@ def run_secondary(options: SecondaryOptions) -> int:
     from checkpointd.secondary.standby import State
 
     with ExitStack() as stack:
-        stack.enter_context(logs.started(options.log_level, options.log_format))
+        writer = stack.enter_context(logs.started(options.log_level, options.log_format))
         native.self_test()
         raise_file_limit()
         hypervisor = choose_hypervisor(options.hypervisor, options.run_dir, options.namespace)
@@ -256,6 +258,7 @@ def run_secondary(options: SecondaryOptions) -> int:
         contexts = Contexts.make()
         stack.callback(contexts.close)
         metrics = SecondaryMetrics(list(State))
+        metrics.follow_logs(lambda: writer.lost)
         service = SecondaryService(
             options,
             hypervisor,
