@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +33,7 @@ struct fake {
     uint64_t passages[CALLS];
     int fault_call, fault_errno, fault_late; /* late: the work is done, then it fails */
     uint64_t fault_at, fault_passages;
+    int tell, wait;      /* fds: suspend writes to the one and waits for the other; -1: it does not */
     bool lies;           /* types() answers about another pfn */
     int64_t swap_after_types, hole_after_types; /* pfns, -1: none; the guest runs on between two calls */
     char journal[JOURNAL];
@@ -66,6 +68,12 @@ static int suspend(void *domain, int64_t timeout_ns)
     note(f, 'S');
     if (rc || timeout_ns <= 0)
         return rc ? rc : -ETIMEDOUT;
+    if (f->tell >= 0) {
+        struct pollfd answer = {f->wait, POLLIN, 0};
+
+        if (write(f->tell, "S", 1) != 1 || poll(&answer, 1, (int)(timeout_ns / 1000000)) != 1)
+            return -ETIMEDOUT;
+    }
     f->suspended = true;
     return fault(f, SUSPEND, 1);
 }
@@ -263,7 +271,7 @@ struct fake *fake_new(uint64_t nr_pfns)
     f->next_frame = (uint32_t)nr_pfns;
     f->context_length = 48;
     f->map_limit = UINT64_MAX;
-    f->fault_call = -1;
+    f->fault_call = f->tell = f->wait = -1;
     f->swap_after_types = f->hole_after_types = -1;
     return f;
 }
@@ -300,6 +308,11 @@ void fake_dirty(struct fake *f, uint64_t pfn) { set(f->log, pfn); }
 int fake_is_dirty(struct fake *f, uint64_t pfn) { return get(f->log, pfn); }
 void fake_hold(struct fake *f, uint64_t pfn) { set(f->held, pfn); }
 void fake_set_type(struct fake *f, uint64_t pfn, uint8_t type) { f->type[pfn] = type; }
+void fake_meet(struct fake *f, int tell, int wait)
+{
+    f->tell = tell;
+    f->wait = wait;
+}
 void fake_lie(struct fake *f) { f->lies = true; }
 void fake_context_length(struct fake *f, uint64_t length) { f->context_length = length; }
 void fake_map_limit(struct fake *f, uint64_t extents) { f->map_limit = extents; }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import struct
 import subprocess
 import sysconfig
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +71,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Any:
         int fake_is_dirty(void *f, uint64_t pfn);
         void fake_hold(void *f, uint64_t pfn);
         void fake_set_type(void *f, uint64_t pfn, uint8_t type);
+        void fake_meet(void *f, int tell, int wait);
         void fake_lie(void *f);
         void fake_context_length(void *f, uint64_t length);
         void fake_map_limit(void *f, uint64_t extents);
@@ -368,6 +371,22 @@ def test_the_outcome_says_how_long_each_step_took(make_guest: Callable[..., Gues
     assert sum(stopped) <= outcome.pause_ns
     assert outcome.closed_output == 1
     assert (outcome.fault, outcome.step) == ("", "")
+
+
+def test_other_threads_run_python_during_a_pause(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest()
+    entered, tell = os.pipe()
+    wait, answer = os.pipe()
+    guest.lib.fake_meet(guest.handle, tell, wait)
+    thread = threading.Thread(target=lambda: os.write(answer, os.read(entered, 1)))
+    thread.start()
+    outcome = guest.pause(suspend_timeout_ns=20 * SECOND)  # in vain, if the GIL were held
+    if outcome.status:
+        os.write(tell, b"S")
+    thread.join()
+    for fd in (entered, tell, wait, answer):
+        os.close(fd)
+    assert outcome.status == 0
 
 
 def test_output_stays_open_when_told(make_guest: Callable[..., Guest]) -> None:
