@@ -276,7 +276,7 @@ class Protection:
                 out.append(AskMissing(head.epoch, head.part))
             return
         self.epoch = max(self.epoch, event.last_epoch)
-        self._begin_anew(self.reason, out)
+        self._begin_anew("copying all memory", out)
         if event.has_image:
             out.append(FetchKnown())
         else:
