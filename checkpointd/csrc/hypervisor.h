@@ -56,7 +56,8 @@ struct ck_hypervisor {
     int (*harvest)(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode);
 
     /* OR into `bitmap` each pfn whose backing changed (ballooned out, in, or exchanged) since the last call.
-     * Returns how many there were. A mapping made before such a change shows another page: invariant 8. */
+     * Returns how many there were. A mapping made before such a change shows another page: invariant 8.
+     * A change is reported no later than types() or map() shows it: live rounds rely on that. */
     int64_t (*p2m_changes)(void *domain, uint64_t *bitmap, uint64_t nr_pfns);
 
     /* For count <= 1024 pfns, replace pfns[i] by its PAGE_DATA word: type << CK_TYPE_SHIFT | pfn. */
