@@ -114,7 +114,6 @@ class Replica:
         Raises NoRoomError.
         """
         self.nr_pfns = nr_pfns
-        self.populated = native.Bitmap(nr_pfns)
         self.state = State.COPYING
         self.epoch: int | None = None
         self.context = b""
@@ -127,9 +126,10 @@ class Replica:
         self._marked = ""  # what the file's note says
         fd = -1
         try:
+            self.populated = native.Bitmap(nr_pfns)
             fd = self._open_file() if self._file else self._open_memory()
             self._memory = _Memory(fd, nr_pfns)
-        except (OSError, ValueError, OverflowError) as error:
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
             if fd >= 0:
                 os.close(fd)
             raise NoRoomError(
