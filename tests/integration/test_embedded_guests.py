@@ -516,7 +516,7 @@ def test_input_is_in_the_log_before_the_guest_sees_it(
     path.write_bytes(whole[:-3])  # as if it had died while writing
     with replay([path]) as memory:
         assert memory.step == 2
-    path.write_bytes(whole[:-60] + b"?" + whole[-59:])
+    path.write_bytes(whole[:-80] + b"?" + whole[-79:])
     with pytest.raises(StateError, match="damaged"):
         replay([path])
 

@@ -363,6 +363,24 @@ def test_bad_mapping_requests_are_refused(adapter: Adapter) -> None:
     assert table.table.types(domain, ffi.new("uint64_t[]", 1025), 1025) == -errno.E2BIG
 
 
+def test_mappings_are_limited_and_come_free_again(adapter: Adapter) -> None:
+    domain, table = adapter.attach(adapter.guest())
+    bases = []
+    base = ffi.new("void **")
+    while (status := table.table.map(table.table.domain, 0, 8, base)) == 0:
+        bases.append(base[0])
+    assert status == -errno.ENOSPC
+    assert (
+        len(set(bases)) == len(bases) > 2 * (1024 // EXTENT_PAGES)
+    )  # an old and a new one of each
+    assert table.unmap(bases[1], 8) == 0
+    assert page(table.map(8, 8), 0) == bytes(PAGE_SIZE)
+    domain.close()
+    assert domain.ended() is None
+    with pytest.raises(HypervisorError, match="closed"):
+        assert domain.table
+
+
 # ---- suspend ----
 
 
@@ -516,6 +534,38 @@ def test_the_death_of_an_engine_leaves_the_guest_running_and_its_output_shut(
     assert second == 2  # numbers go on
     domain.output.release(second)
     assert client.recv(2048) == b"a 1 1 ok"
+
+
+LOCKER = """
+import sys
+from pathlib import Path
+from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
+from checkpointd.hypervisor.embedded.lib import lib
+domain = EmbeddedHypervisor("primary", Path(sys.argv[1])).attach(int(sys.argv[2]))
+lib.log_lock(lib.client_control(domain._client))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_engine_that_dies_in_a_harvest_does_not_stop_the_guest(
+    adapter: Adapter, tmp_path: Path
+) -> None:
+    info = adapter.guest("dirty:100@100")
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKER, str(tmp_path), str(info.domid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as engine:
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == "ready\n"
+        engine.kill()
+    wait_step(info, toolstack.look(info).step + 100)
+    domain, table = adapter.attach(info)
+    domain.enable_log()
+    while not table.harvest(CLEAN):
+        pass
 
 
 # ---- output ----

@@ -35,7 +35,7 @@ class EmbeddedDomain:
         try:
             answer, descriptors = protocol.call(self._connection, {"op": "attach"})
             self._info = parse_info(answer["info"])
-            self._client = self._connect(descriptors)
+            self._client: Any = self._connect(descriptors)  # None once closed
         except BaseException:
             self._connection.close()
             raise
@@ -61,7 +61,7 @@ class EmbeddedDomain:
         faults.register_target("host", host)
         arm(
             ENGINE_POINTS,
-            {"kill": os.getpid(), "stop": os.getpid(), "kill-host": host},
+            {"kill": os.getpid(), "stop": os.getpid(), "kill-host": host, "fail": 0},
             lambda rule: int(lib.client_add_fault(self._client, rule)),
         )
 
@@ -75,6 +75,8 @@ class EmbeddedDomain:
 
     @property
     def table(self) -> int:
+        if self._client is None:
+            raise HypervisorError("the domain is closed")
         return int(ffi.cast("uintptr_t", lib.client_table(self._client)))
 
     @property
@@ -89,7 +91,7 @@ class EmbeddedDomain:
         self._call({"op": "enable-log"})
 
     def ended(self) -> EndReason | None:
-        if self._ended is None:
+        if self._ended is None and self._client is not None:
             # The host writes its reason before it hangs up, so this order of looking never misses one.
             hung_up = lib.client_hung_up(self._client)
             stats = ffi.new("struct control_stats *")
@@ -111,8 +113,10 @@ class EmbeddedDomain:
         """Detach. The host has dropped everything of ours when this returns, unless it is gone itself."""
         if self._connection.fileno() < 0:
             return
+        self.ended()  # what is known now stays known; our own detaching would look like a hang-up
+        client, self._client = self._client, None
         with suppress(HypervisorError):
             self._call({"op": "detach"})
         self._connection.close()
-        lib.client_free(self._client)
         self._output.detach()
+        lib.client_free(client)

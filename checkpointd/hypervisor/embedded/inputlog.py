@@ -21,11 +21,13 @@ entry (struct input_entry in csrc/inputlog.h):
       8     8  the step that consumes it; grows from entry to entry
      16    16  address of the sender, IPv6 or v4-mapped
      32     4  octets of data, D, at most 1 MiB
-     36     4  CRC-32 of the entry with this field 0, and of the data
-     40     D  data
+     36     4  CRC-32 of the data
+     40     4  CRC-32 of octets 0 to 39
+     44     4  reserved, 0
+     48     D  data
 
-A host that dies while it writes leaves a torn last entry; the guest never saw it, and reading ends before it.
-Anything else that does not check is an error. Logs chain: when a guest is activated elsewhere at step B, its
+A host that dies while it writes leaves a torn last entry, a short one; the guest never saw it, and reading ends
+before it. Anything else that does not check is an error. Logs chain: when a guest is activated elsewhere at step B, its
 new log has base step B, and entries beyond B in the earlier log are void.
 """
 
@@ -46,9 +48,9 @@ if TYPE_CHECKING:
 MAGIC = b"CKINPLOG"
 VERSION = 1
 _HEADER = struct.Struct("<8sII16sQQII")
-_ENTRY = struct.Struct("<IHHQ16sII")
+_ENTRY = struct.Struct("<IHHQ16sIIII")
 _ENTRY_MAGIC = 0x4E494B43
-_CRC_AT = _ENTRY.size - 4
+_HEAD_CRC_AT = 40  # octet of an entry
 DATA_MAX = 1 << 20  # octets; a datagram has 1472 and a balloon order 16 Ki
 
 
@@ -76,19 +78,22 @@ class InputLog:
         with self.path.open("rb") as file:
             offset = file.seek(_HEADER.size + len(self.program))
             while len(head := file.read(_ENTRY.size)) == _ENTRY.size:
-                magic, kind, port, step, address, length, crc = _ENTRY.unpack(head)
-                if magic != _ENTRY_MAGIC or length > DATA_MAX:
+                fields = _ENTRY.unpack(head)
+                magic, kind, port, step, address, length, data_crc, head_crc, zero = fields
+                sound = magic == _ENTRY_MAGIC and zlib.crc32(head[:_HEAD_CRC_AT]) == head_crc
+                if not sound or zero:
                     raise StateError(
                         f"{self.path}: no entry at octet {offset}: the file is damaged"
                     )
+                if length > DATA_MAX:
+                    raise StateError(f"{self.path}: an entry of {length} octets at octet {offset}")
                 data = file.read(length)
-                whole = len(data) == length
-                if not whole or zlib.crc32(data, zlib.crc32(head[:_CRC_AT] + bytes(4))) != crc:
-                    if whole and file.read(1):
-                        raise StateError(
-                            f"{self.path}: bad CRC at octet {offset}: the file is damaged"
-                        )
+                if len(data) < length:
                     return
+                if zlib.crc32(data) != data_crc:
+                    raise StateError(
+                        f"{self.path}: wrong data at octet {offset}: the file is damaged"
+                    )
                 yield Entry(step, kind, address, port, data)
                 offset += _ENTRY.size + length
 

@@ -68,7 +68,10 @@ def check(rc: int, doing: str) -> int:
 
 
 def arm(points: Mapping[str, int], pids: Mapping[str, int], add: Callable[[Any], int]) -> None:
-    """Hand the rules in force at `points` to C. `pids`: whom "kill", "stop" and "kill-NAME" strike."""
+    """Hand the rules in force at `points` to C.
+
+    `pids`: the actions possible there, each with the process it strikes (0 for "fail").
+    """
     for rule in faults.armed():
         if rule.point.startswith("hv.") and rule.point not in (ENGINE_POINTS | HOST_POINTS):
             raise UsageError(f"{faults.ENVIRONMENT}: there is no point {rule.point!r}")
@@ -83,7 +86,7 @@ def arm(points: Mapping[str, int], pids: Mapping[str, int], add: Callable[[Any],
         compiled.point, compiled.at = points[rule.point], rule.at
         compiled.again, compiled.nr_actions = "again" in rule.actions, len(acts)
         for index, action in enumerate(acts):
-            if action != "fail" and action not in pids:
+            if action not in pids:
                 raise UsageError(
                     f"{faults.ENVIRONMENT}: {action!r} is not possible at {rule.point}"
                 )
@@ -91,5 +94,5 @@ def arm(points: Mapping[str, int], pids: Mapping[str, int], add: Callable[[Any],
                 lib.FAULT_FAIL if action == "fail" else
                 lib.FAULT_STOP if action == "stop" else lib.FAULT_KILL
             )  # fmt: skip
-            compiled.pid[index] = pids.get(action, 0)
+            compiled.pid[index] = pids[action]
         check(add(compiled), f"{faults.ENVIRONMENT}: cannot arm {rule.point}")

@@ -45,6 +45,7 @@ ffi.cdef(
     };
     void control_read_stats(struct control *c, struct control_stats *stats);
     void event_drain(int fd);
+    void log_lock(struct control *c);       /* for tests: to die with it */
 
     /* fault.h */
     #define FAULT_ACTIONS ...

@@ -5,16 +5,17 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/uio.h>
 
 /* Bit by bit: entries are small and few, and a table would be one more thing to get wrong. */
-static uint32_t crc32(uint32_t crc, const void *data, uint32_t bytes)
+static uint32_t crc32(const void *data, size_t bytes)
 {
     const uint8_t *octet = data;
+    uint32_t crc = ~0u;
 
-    crc = ~crc;
-    for (uint32_t i = 0; i < bytes; i++) {
+    for (size_t i = 0; i < bytes; i++) {
         crc ^= octet[i];
         for (int bit = 0; bit < 8; bit++)
             crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1u)));
@@ -43,7 +44,8 @@ int inputlog_append(int fd, uint64_t step, uint16_t kind, const struct sockaddr_
 
     if (from)
         put_sender(&entry, from);
-    entry.crc = crc32(crc32(0, &entry, sizeof entry), data, bytes);
+    entry.data_crc = crc32(data, bytes);
+    entry.head_crc = crc32(&entry, offsetof(struct input_entry, head_crc));
     struct iovec parts[] = { { &entry, sizeof entry }, { (void *)data, bytes } };
     ssize_t n = writev(fd, parts, 2);
     if (n < 0)

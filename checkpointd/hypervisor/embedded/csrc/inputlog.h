@@ -17,7 +17,11 @@ struct input_entry {
     uint64_t step;          /* the step that consumes it */
     uint8_t address[16];    /* of the sender, IPv6 or v4-mapped */
     uint32_t bytes;         /* of data, which follows */
-    uint32_t crc;           /* CRC-32 (IEEE 802.3) of this struct with crc = 0, then of the data */
+    /* CRC-32 (IEEE 802.3). Two of them, so that a torn entry, whose head is sound and whose data is short, is
+     * told from a damaged one. */
+    uint32_t data_crc;
+    uint32_t head_crc;      /* of this struct up to here */
+    uint32_t reserved;
 };
 
 /* Append an entry in one write; `from` may be NULL. Negative errno if it is not wholly written. */
