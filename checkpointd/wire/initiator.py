@@ -57,14 +57,17 @@ _TROUBLE: Final[dict[int, str]] = {
     " `checkpointd keys trust` and the key that `checkpointd keys show` prints here",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "{} does not complete the handshake: is it checkpointd's"
     " port, and is the key that is trusted for it its own?",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "{} ends the handshake: is the key that is trusted for it"
-    " its own (`checkpointd keys show` there)?",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "{} does not finish the handshake: either it is stuck, or"
+    " the key that is trusted for it is not its own (`checkpointd keys show` there)",
     zmq.EVENT_CONNECT_RETRIED: "no connection to {}: is `checkpointd secondary` running there?",
     zmq.EVENT_DISCONNECTED: "lost the connection to {}",
 }
 
 
 _monitors: Final = itertools.count()  # each needs an address of its own in its context
+
+
+_SILENT: Final = "{} answers nothing any more: connecting anew"
 
 
 class ControlLink:
@@ -203,6 +206,10 @@ class ControlLink:
             self._receive(socket)
             self._send_due(socket)
             self._send_queue(socket)
+            if self._session.silent(self._clock()):
+                self._set_trouble(_SILENT)
+                self._session.disconnect()
+                return
 
     def _redial_in(self, milliseconds: int) -> None:
         self._redial_at = self._clock() + milliseconds * 1_000_000
@@ -229,18 +236,18 @@ class ControlLink:
             elif event == zmq.EVENT_CONNECT_RETRIED:
                 # It says the least, and must not hide why the last handshake failed.
                 if not self._handshake_failed:
-                    self._set_trouble(event)
+                    self._set_trouble(_TROUBLE[event])
             elif self._session.connected or event != zmq.EVENT_DISCONNECTED:
                 self._handshake_failed = event != zmq.EVENT_DISCONNECTED
-                self._set_trouble(event)
+                self._set_trouble(_TROUBLE[event])
                 self._session.disconnect()
                 if event in _FINAL_EVENTS:
                     self._redial_in(DENIED_REDIAL_MS)
                 elif self._redial_at is None:
                     self._redial_in(REDIAL_MS)
 
-    def _set_trouble(self, event: int) -> None:
-        trouble = _TROUBLE[event].format(self._endpoint)
+    def _set_trouble(self, text: str) -> None:
+        trouble = text.format(self._endpoint)
         if trouble != self._trouble:
             log.warning("%s", trouble)
         self._trouble = trouble

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # ns. A secondary answers at once; a second is long enough not to flood one that is busy with a
 # commit.
 HELLO_AGAIN_NS: Final = 1_000_000_000
+# ns. A connection on which nothing was echoed for so long is dead, whatever TCP says of it; a new
+# one is tried. This is no verdict on the secondary, and 3 s outlast any pause of a live one. At
+# least three heartbeats long.
+SILENCE_NS: Final = 3_000_000_000
 # ns. libzmq has said that the connection is there, so its queue has room in a moment.
 BLOCKED_AGAIN_NS: Final = 20_000_000
 
@@ -53,6 +57,8 @@ class ControlSession:
         self._hello: Hello | None = None
         self._hello_at: int | None = None  # when HELLO is due; None: it is answered
         self._beat_at = 0
+        self._silence_ns = max(SILENCE_NS, 3 * heartbeat_ns)
+        self._heard_at = 0  # or connected, or opened
         self._count = 0
         self._connected = False
         self._welcomed = False
@@ -74,7 +80,7 @@ class ControlSession:
     def open(self, hello: Hello, now: int) -> None:
         """Begin this session, in place of any other."""
         self._hello = hello
-        self._hello_at = self._beat_at = now
+        self._hello_at = self._beat_at = self._heard_at = now
         self._count = 0
         self._welcomed = hello.resume
         self._refused = False
@@ -84,11 +90,18 @@ class ControlSession:
         again.
         """
         self._connected = True
+        self._heard_at = now
         if self._hello is not None and not self._refused:
             self._hello_at = self._beat_at = now
 
     def disconnect(self) -> None:
         self._connected = False
+
+    def silent(self, now: int) -> bool:
+        """Whether this connection must be given up: heartbeats went out and nothing came back."""
+        if not self._connected or self._hello is None or self._refused:
+            return False
+        return now - self._heard_at >= self._silence_ns
 
     def due(self, now: int, progress: Progress) -> Hello | Heartbeat | None:
         """What must be sent now; tell sent() or blocked() what became of it, and ask again."""
@@ -126,6 +139,7 @@ class ControlSession:
 
     def received(self, parts: Sequence[Octets], now: int) -> Message | None:
         """The message, or None if it is not of this session; raises FrameError."""
+        self._heard_at = now
         header, payload = split(parts, Channel.CONTROL_TO_PRIMARY)
         hello = self._hello
         if (

@@ -40,12 +40,11 @@ HANDSHAKE_MS: Final = 2000
 CONNECT_MS: Final = 2000  # the kernel tries for two minutes, and misses that a peer is back
 RECONNECT_MS: Final = 100  # first retry; doubles up to
 RECONNECT_MAX_MS: Final = 1000
-# ZMTP heartbeats find a dead TCP connection so that libzmq makes a new one. They say nothing about
-# the guest.
-PING_MS: Final = 1000
-CONTROL_SILENCE_MS: Final = 3000
-# A busy receiver stops reading bulk, pongs included; cutting it off would only make it busier.
-BULK_SILENCE_MS: Final = 10_000
+# s. What the kernel does to find that the other host is gone: a probe each second once nothing has
+# come for so long, and the end after so many unanswered, or after as long with data unacknowledged.
+# (ms for that, as libzmq has it.)
+_KEEPALIVE_CONTROL: Final = (1, 2)  # gone for 3 s; a heartbeat is due far more often
+_KEEPALIVE_BULK: Final = (5, 5)  # gone for 10 s; it also bounds how long a peer may take in nothing
 
 # Messages that may wait in one direction. Control: more than are ever open at once. Bulk: 16 frames
 # of 1 MiB keep the wire busy; what is in flight is bounded in octets by BulkLink and by the epoch
@@ -221,17 +220,16 @@ def _common(socket: Socket, host: str, keys: KeyPair, *, bulk: bool) -> None:
     socket.setsockopt(zmq.RCVHWM, waiting)
     socket.setsockopt(zmq.MAXMSGSIZE, payload + CURVE_OVERHEAD)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, BULK_SILENCE_MS if bulk else CONTROL_SILENCE_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 0)  # each side judges by its own limit, not by the peer's
-    # Data that the peer's kernel does not acknowledge for so long (ms) ends the connection;
-    # keepalive does it for a connection that has nothing to say (s: first probe after 5, then each
-    # 1, 5 unanswered end it).
-    socket.setsockopt(zmq.TCP_MAXRT, BULK_SILENCE_MS)
+    # No heartbeats of ZMTP's own. Up to 4.3.5 their timer aborts the process (assertion !_io_error)
+    # when a connection ends whose input was held back by RCVHWM: a primary that dies in mid-epoch
+    # would take the secondary along.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
+    idle, probes = _KEEPALIVE_BULK if bulk else _KEEPALIVE_CONTROL
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, idle)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 5)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, probes)
+    socket.setsockopt(zmq.TCP_MAXRT, (idle + probes) * 1000)
     # Only for literals: with it libzmq resolves `localhost` to ::1, where nobody may listen.
     socket.setsockopt(zmq.IPV6, ":" in host)
 

@@ -18,7 +18,7 @@ from checkpointd.wire.messages import (
     Welcome,
     encode,
 )
-from checkpointd.wire.session import HELLO_AGAIN_NS, ControlSession, Progress
+from checkpointd.wire.session import HELLO_AGAIN_NS, SILENCE_NS, ControlSession, Progress
 
 BEAT = 100_000_000
 HOST = HostIdentity("boot", 1, 1)
@@ -153,6 +153,25 @@ def test_after_a_refusal_it_is_silent_until_another_session() -> None:
     assert session.due(10 * BEAT, IDLE) is None
     session.open(replace(HELLO, session=8), 1)
     assert kinds(send_all(session, 1)) == ["Hello", "Heartbeat"]
+
+
+def test_a_connection_without_an_echo_is_given_up() -> None:
+    session = opened()
+    assert not session.silent(SILENCE_NS - 1)
+    assert session.silent(SILENCE_NS)
+    hear(session, Echo(1, 0, None), now=SILENCE_NS)
+    assert not session.silent(2 * SILENCE_NS - 1)
+    assert session.silent(2 * SILENCE_NS)
+    session.disconnect()
+    assert not session.silent(9 * SILENCE_NS)
+    session.connect(9 * SILENCE_NS)
+    assert not session.silent(9 * SILENCE_NS + 1)
+    hear(session, Refused(7, 2, "busy", "no"), now=9 * SILENCE_NS)
+    assert not session.silent(99 * SILENCE_NS)
+    slow = ControlSession(2 * SILENCE_NS)
+    slow.open(HELLO, 0)
+    slow.connect(0)
+    assert not slow.silent(6 * SILENCE_NS - 1)
 
 
 def test_an_echo_gives_the_round_trip() -> None:
