@@ -87,11 +87,13 @@ class PrimaryService:
         self._draw_session()
         self._events: queue.SimpleQueue[e.Event | Known | BaseException] = queue.SimpleQueue()
         info = domain.info
+        # Its dirty set cannot be larger than the guest.
+        arena_pages = min(options.arena // ARENA_PAGE, info.nr_pfns)
         self._machine = p.Protection(
             p.Policy(
                 interval_ns=options.interval,
                 arenas=options.arenas,
-                arena_pages=options.arena // ARENA_PAGE,
+                arena_pages=arena_pages,
                 ram_pages=info.ram_pages,
                 output_depth=domain.output.depth,
                 run_without_standby=options.standby_loss == "run",
@@ -109,7 +111,7 @@ class PrimaryService:
             info.nr_pfns,
             self._session.key,
             arenas=options.arenas,
-            arena_pages=options.arena // ARENA_PAGE,
+            arena_pages=arena_pages,
             mapping_budget=options.mapping_budget,
             audit_pages=options.audit_pages,
             suspend_timeout_ns=options.suspend_timeout,
