@@ -184,7 +184,7 @@ def _protect(
                 keys,
                 heartbeat_s=options.heartbeat / 1e9,
                 deliver=deliver,
-                on_error=fatal,
+                on_error=lambda error: metrics.alarm(),  # logged by the link, which goes on
                 on_fatal=fatal,
                 on_rtt=metrics.heartbeat_rtt,
             ),
