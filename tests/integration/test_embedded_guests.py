@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,8 +180,9 @@ def client_of(info: DomainInfo, transports: list[UdpTransport], name: str = "c")
 
 
 def wait_step(info: DomainInfo, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE
     while toolstack.look(info).step < step:
-        pass
+        assert time.monotonic() < deadline, f"the guest does not come to step {step}"
 
 
 # ---- the oracle ----

@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,12 +182,15 @@ def talk(client: socket.socket, port: int) -> Callable[[str], None]:
 
 def wait_step(info: DomainInfo, step: int) -> None:
     """Until the guest has come so far; each look is a round trip to its host."""
+    deadline = time.monotonic() + PATIENCE
     while toolstack.look(info).step < step:
-        pass
+        assert time.monotonic() < deadline, f"the guest does not come to step {step}"
 
 
 def wait_held(domain: Domain, packets: int) -> None:
+    deadline = time.monotonic() + PATIENCE
     while domain.output.stats().held_packets < packets:
+        assert time.monotonic() < deadline, f"{packets} packets are not held"
         os.sched_yield()
 
 
@@ -283,6 +288,28 @@ def test_no_write_is_lost_between_clean_and_store(adapter: Adapter) -> None:
     fetch(last)
     assert [bytes(part) for part in view] == [bytes(part) for part in copy]
     assert table.harvest(PEEK) == set()
+
+
+def test_no_step_stores_while_a_harvest_is_under_way(adapter: Adapter) -> None:
+    """The lock that CLEAN takes is the one that a step stores and marks under."""
+    info = adapter.guest("dirty:100@200")
+    domain, table = adapter.attach(info)
+    domain.enable_log()
+    header = table.map(0, 1)
+    control = lib.client_control(domain._client)  # type: ignore[attr-defined]  # embedded's own
+    harvested = threading.Thread(target=table.harvest, args=(CLEAN,))
+    lib.log_lock(control)
+    try:
+        before = page(header, 0)
+        harvested.start()
+        for _ in range(100):  # round trips to the host: some ten milliseconds, hundreds of steps
+            toolstack.look(info)
+        assert page(header, 0) == before
+        assert harvested.is_alive()
+    finally:
+        lib.log_unlock(control)
+        harvested.join()
+    wait_step(info, toolstack.look(info).step + 100)
 
 
 # ---- mappings and the p2m ----

@@ -45,7 +45,8 @@ ffi.cdef(
     };
     void control_read_stats(struct control *c, struct control_stats *stats);
     void event_drain(int fd);
-    void log_lock(struct control *c);       /* for tests: to die with it */
+    void log_lock(struct control *c);       /* these two for tests: to hold it, or die with it */
+    void log_unlock(struct control *c);
 
     /* fault.h */
     #define FAULT_ACTIONS ...
