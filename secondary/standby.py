@@ -209,10 +209,11 @@ class Standby:
         if hello.session == self.session:
             self._back(out)
             self._open = self.state in (State.SYNCING, State.STANDBY) and not self._anew
+            out.append(SendWelcome(hello.session, self.acked, self.committed))
+            self._ask_anew(out)
         else:
             self._begin(hello, out)
-        out.append(SendWelcome(hello.session, self.acked, self.committed))
-        self._ask_anew(out)
+            out.append(SendWelcome(hello.session, self.acked, self.committed))
 
     def _refusal(self, hello: HelloReceived) -> tuple[str, str] | None:
         if hello.term < self.term:
