@@ -380,7 +380,9 @@ class Protection:
         out.append(Ship(head.arena, head.epoch, head.part, head.final, event.ranges))
 
     def _rejected(self, event: ReplicaRejected, now: int, out: list[Instruction]) -> None:
-        if self.state is State.RETIRING:
+        # Connecting: the word is of a session that we have given up already. It may be of a new standby, and then
+        # says nothing of the replica that the old one has.
+        if self.state in (State.RETIRING, State.CONNECTING):
             return
         out.append(
             Alarm(

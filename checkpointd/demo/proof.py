@@ -65,7 +65,7 @@ def read_guest(hypervisor: EmbeddedHypervisor, domid: int) -> tuple[Snapshot, in
     toolstack.pause(info)
     domain = hypervisor.attach(domid)
     mappings = native.Mappings(domain.table, info.nr_pfns, READ_BUDGET)
-    arena = native.Arena(READ_PAGES, info.nr_pfns)
+    arena = native.Arena(min(READ_PAGES, info.nr_pfns), info.nr_pfns)
     try:
         domain.enable_log()
         pending, carried = native.Bitmap(info.nr_pfns), native.Bitmap(info.nr_pfns)

@@ -412,6 +412,15 @@ def test_a_failed_audit_opens_a_new_session_and_copies_everything() -> None:
     assert kinds(steps)[:3] == [e.Abandon, e.BeginAnew, e.LiveRound]
 
 
+def test_what_another_standby_lacks_opens_no_output() -> None:
+    """A new secondary says that our earlier epochs are not there; the old one, silent, may still hold them."""
+    machine = protected()
+    machine.handle(e.Welcomed(same_standby=False, has_image=False), 0)
+    assert machine.state is p.State.CONNECTING
+    assert machine.handle(e.ReplicaRejected("its earlier epochs are not here"), 0) == []
+    assert machine.output_shut
+
+
 def test_epoch_numbers_go_on_above_what_the_standby_has_seen() -> None:
     machine = p.Protection(BASE, 7, 0)
     machine.handle(e.Welcomed(same_standby=False, has_image=False, last_epoch=40), 0)
