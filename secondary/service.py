@@ -67,6 +67,7 @@ class Metrics(Protocol):
     """What the service counts (checkpointd.daemon.metrics.SecondaryMetrics)."""
 
     def bad_frame(self) -> None: ...
+    def strangers_denied(self, total: int) -> None: ...
     def epoch_memory(self, octets: int) -> None: ...
     def domain(self, name: str) -> DomainMetrics: ...
 
@@ -177,12 +178,12 @@ class SecondaryService:
         }
 
     def not_ready(self) -> list[str]:
-        """Which domains could not be activated at this moment, and why; empty if all could."""
-        fine = (State.STANDBY, State.ACTIVE)
+        """Which domains that ought to be protected could not be activated at this moment, and why."""
+        fine = (State.WAITING, State.STANDBY, State.ACTIVE, State.RETIRED)
         return [
             f"{driver.uuid}: {driver.machine.state}: {driver.machine.reason}"
             for driver in list(self._drivers.values())
-            if driver.machine.state not in fine
+            if driver.machine.state not in fine or driver.machine.wants_copy
         ]
 
     # ------------------------------------------------------------ on the acceptor's thread
@@ -280,5 +281,6 @@ class SecondaryService:
         for driver in self._drivers.values():
             driver.tick(now)
         self._metrics.epoch_memory(self._budget.used)
+        self._metrics.strangers_denied(self._acceptor.authenticator.denied)
         if self._stopping and not any(driver.deciding for driver in self._drivers.values()):
             self._acceptor.stop()

@@ -140,6 +140,11 @@ class Standby:
         """Whether frames of the session's epochs are taken at all."""
         return self._open
 
+    @property
+    def wants_copy(self) -> bool:
+        """Whether the session is worth nothing, and the primary has to begin a new one."""
+        return bool(self._anew)
+
     def handle(self, event: Event) -> list[Instruction]:
         out: list[Instruction] = []
         self._handle(event, out)

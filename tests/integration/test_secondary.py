@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+import zmq
 
 from checkpointd import faults
 from checkpointd.authority.fence import FenceResult, HostView
@@ -108,7 +109,7 @@ class FakeHypervisor:
 
 
 class Secondary:
-    def __init__(self, directory: Path, contexts: Contexts, keys: KeyStore) -> None:
+    def __init__(self, directory: Path, contexts: Contexts, keys: KeyStore, **more: Any) -> None:
         self.hypervisor = FakeHypervisor()
         self.fence = FakeFence()
         self.terms = TermStore(directory / "terms")
@@ -117,6 +118,7 @@ class Secondary:
         options = SecondaryOptions(
             state_dir=directory, run_dir=directory, control_port=0, bulk_port=0,
             silence=SILENCE_NS, engine_restart=0, keep_images=directory / "keep",
+            **more,
         )  # fmt: skip
         self.service = SecondaryService(
             options,
@@ -248,10 +250,10 @@ class Lab:
         )
         return self.engines[-1]
 
-    def restart_secondary(self) -> None:
+    def restart_secondary(self, **options: Any) -> None:
         started = self.secondary.hypervisor
         self.secondary.close()
-        self.secondary = Secondary(self.directory, self.contexts, self.secondary_keys)
+        self.secondary = Secondary(self.directory, self.contexts, self.secondary_keys, **options)
         self.secondary.hypervisor.started += started.started
 
     def close(self) -> None:
@@ -259,6 +261,16 @@ class Lab:
             engine.close()
         self.secondary.close()
         self.contexts.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collector_of_pyzmq() -> None:
+    """pyzmq starts a thread for the whole process at its first send without copying: before we count."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as a, context.socket(zmq.PAIR) as b:
+        a.bind("inproc://warm")
+        b.connect("inproc://warm")
+        b.send(bytes(1 << 17), copy=False)
+        assert len(a.recv()) == 1 << 17
 
 
 @pytest.fixture
@@ -390,6 +402,32 @@ def test_what_is_lost_on_the_way_is_asked_for(lab: Lab) -> None:
     assert engine.wait(m.Ack) == m.Ack(1, 0, final=True)
     assert engine.control.send(m.Query(1, 0))
     assert engine.wait(m.Ack, 2) == m.Ack(1, 0, final=True)
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_copy_that_does_not_fit_beside_the_replica_costs_it_and_goes_on(
+    lab: Lab, disk: bool
+) -> None:
+    """300 pages of live parts, where --epoch-memory has room for 256."""
+    on_disk = {"image": "disk", "image_dir": lab.directory / "images"} if disk else {}
+    lab.restart_secondary(epoch_memory=1 << 20, **on_disk)
+    engine = lab.engine()
+    engine.protect()
+    for part in range(3):
+        pages = dict.fromkeys(range(part * 100, part * 100 + 100), 5 + part)
+        engine.send(engine.frames(2, pages, part=part, final=False))
+        engine.wait(m.Ack, 2 + part)
+    assert lab.secondary.domain()["state"] == State.SYNCING
+    assert "--epoch-memory" in lab.secondary.domain()["alarm"]
+    assert lab.secondary.service.not_ready()
+    engine.send(engine.frames(2, {900: 9}, part=3))
+    lab.secondary.wait_state(State.STANDBY)
+    assert lab.secondary.service.not_ready() == []
+    assert lab.secondary.service.status()["epoch_memory_used"] == 0
+    engine.close()
+    lab.secondary.wait_state(State.ACTIVE)
+    ((_, memory, _),) = lab.secondary.hypervisor.started
+    assert [memory[pfn * 4096] for pfn in (0, 99, 100, 299, 300, 900)] == [5, 5, 6, 7, 0, 9]
 
 
 def test_a_bad_frame_harms_its_own_session_only_and_not_its_replica(lab: Lab) -> None:
