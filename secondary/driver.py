@@ -185,7 +185,10 @@ class Driver:
         self._metrics.received(len(payload))
         result = self._assembler.frame(header, payload)
         if self._assembler.discarded != self._discarded:
+            # Before anything of the higher epoch touches the replica: see _admitted().
             self._discarded = self._assembler.discarded
+            self._release_loads()
+            self.handle(ev.EpochGivenUp())
             self._metrics.discarded()
         if isinstance(result, Load):
             faults.point("secondary.part-whole")
@@ -371,7 +374,10 @@ class Driver:
         self._replica_jobs.do(admit, then)
 
     def _admitted(self, session: int, load: Load) -> None:
-        if session != self.machine.session or not self.machine.taking:
+        current = session == self.machine.session and self.machine.taking
+        under_way = self._assembler and self._assembler.under_way == (load.epoch, load.part)
+        if not (current and under_way):
+            # Given up meanwhile. To commit it now would mix it with what came after it.
             self._release(load)
             return
         self._has_pages = True

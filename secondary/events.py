@@ -65,6 +65,11 @@ class Queried:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochGivenUp:
+    """The primary has gone on to a higher epoch: no part of the one before is acked any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. `silent_ns`: how long the primary has been silent, if beyond the limit; else
     0.
@@ -142,7 +147,8 @@ class MemoryShort:
 
 
 Event = (
-    HelloReceived | PartWhole | CommitDone | CommitFailed | Heard | Queried | Tick | ProbeDone | FenceDone
+    HelloReceived | PartWhole | CommitDone | CommitFailed | Heard | Queried | EpochGivenUp | Tick | ProbeDone
+    | FenceDone
     | TermStored | TermFailed | GuestStarted | StartFailed | RetireReceived | EndReceived
     | ProtocolFault | MemoryShort
 )  # fmt: skip

@@ -175,8 +175,13 @@ class Replica:
     def commit(self, load: Load, key: scrub.PageDigester) -> tuple[int, tuple[int, ...]]:
         """The admitted final part, over its live parts, is the replica now.
 
-        Gives the pages audited and the pfns that differ.
+        Gives the pages audited and the pfns that differ. Raises StateError, and changes nothing, if
+        a part of another epoch was admitted since.
         """
+        if load.epoch != self._live_epoch:
+            raise StateError(
+                f"epoch {load.epoch} would be mixed with parts of epoch {self._live_epoch}"
+            )
         self.state = State.TORN
         if self._overlay:
             self._overlay.merge(self._memory.address, self.populated)

@@ -26,6 +26,7 @@ from .events import (
     CommitFailed,
     DropReplica,
     EndReceived,
+    EpochGivenUp,
     Event,
     Fence,
     FenceDone,
@@ -166,6 +167,8 @@ class Standby:
             case Queried():
                 if event.session == self.session:
                     self._ask_anew(out)
+            case EpochGivenUp():
+                self._held = [word for word in self._held if not isinstance(word, PartWhole)]
             case Tick():
                 self._tick(event, out)
             case ProbeDone():

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from checkpointd.hypervisor.port import Hypervisor, Incoming
+    from checkpointd.secondary.epochs import Load
     from checkpointd.wire.keys import KeyStore
 
 LIMIT_S = 20.0  # for any wait; none comes near it
@@ -402,6 +403,31 @@ def test_what_is_lost_on_the_way_is_asked_for(lab: Lab) -> None:
     assert engine.wait(m.Ack) == m.Ack(1, 0, final=True)
     assert engine.control.send(m.Query(1, 0))
     assert engine.wait(m.Ack, 2) == m.Ack(1, 0, final=True)
+
+
+def test_an_epoch_given_up_while_it_is_made_ready_is_not_acked(lab: Lab) -> None:
+    """Else its commit would come after parts of the next one had touched the replica."""
+    engine = lab.engine()
+    engine.protect()
+    worker = lab.secondary.service._drivers[INFO.uuid]._worker
+    admit, going_on, waiting = worker.admit, threading.Event(), threading.Event()
+
+    def slowly(load: Load) -> None:
+        waiting.set()
+        assert going_on.wait(LIMIT_S)
+        admit(load)
+
+    worker.admit = slowly  # type: ignore[method-assign]  # to stop it at the right place
+    engine.send(engine.frames(2, {1: 5}))
+    assert waiting.wait(LIMIT_S)
+    engine.send(engine.frames(3, {3: 6}, final=False))
+    eventually(lambda: lab.secondary.service._drivers[INFO.uuid]._discarded, "epoch 2 given up")
+    going_on.set()
+    eventually(lambda: m.Ack(3, 0, final=False) in list(engine.got), "ack of epoch 3")
+    assert m.Ack(2, 0, final=True) not in engine.got
+    assert lab.secondary.domain()["committed_epoch"] == 1
+    engine.send(engine.frames(3, {1: 7}, part=1))
+    eventually(lambda: lab.secondary.domain()["committed_epoch"] == 3, "commit of 3")
 
 
 @pytest.mark.parametrize("disk", [False, True])

@@ -145,6 +145,17 @@ def test_an_epoch_that_was_given_up_leaves_no_trace(replica: Replica) -> None:
     assert contents(replica) == {1: page(1), 4: page(4)}
 
 
+def test_an_epoch_is_never_mixed_with_parts_of_another(replica: Replica) -> None:
+    commit(replica, load(1, data={1: page(1)}))
+    replica.admit(load(2, 0, final=False, data={2: page(2)}))
+    late = load(2, 1, data={3: page(3)})
+    replica.admit(late)
+    replica.admit(load(3, 0, final=False, data={4: page(4)}))
+    with pytest.raises(StateError, match="mixed with parts of epoch 3"):
+        replica.commit(late, KEY)
+    assert (replica.state, contents(replica)) == (State.WHOLE, {1: page(1)})
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_epochs_leave_what_a_dict_says(seed: int) -> None:

@@ -288,6 +288,13 @@ def test_a_primary_that_returns_during_the_fence_is_answered_when_it_is_decided(
     assert state(standby) is State.STANDBY
 
 
+def test_an_epoch_given_up_while_a_fence_is_under_way_is_not_acked_after_it() -> None:
+    standby = fencing()
+    tell(standby, final(2), ev.EpochGivenUp(), final(3))
+    tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
+    assert of_kind(ev.SendAck, tell(standby, ev.Heard(1))) == [ev.SendAck(3, 0, True)]
+
+
 def test_a_failed_fence_says_why_and_is_tried_again_while_silence_lasts() -> None:
     standby = fencing()
     (alarm,) = tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
