@@ -408,6 +408,31 @@ def test_mappings_are_limited_and_come_free_again(adapter: Adapter) -> None:
         assert domain.table
 
 
+@pytest.mark.slow  # waits for the adapter's own limit of a second, twice
+def test_a_stopped_host_hangs_no_mapping(adapter: Adapter) -> None:
+    info = adapter.guest("dirty:1023@5")
+    _, table = adapter.attach(info)
+    wait_step(info, 1023)
+    kept = table.map(512, 8)
+    stop_host(info)
+    base = ffi.new("void **")
+    assert table.table.map(table.table.domain, 0, 8, base) == -errno.ETIMEDOUT
+    assert table.unmap(kept, 8) == 0
+    os.kill(info.host.pid, signal.SIGCONT)
+    for first in (8, 512, 16):  # no late answer is taken for one of these
+        mapped = table.map(first, 8)
+        other = table.map(first, 4)
+        assert table.suspend() == 0
+        assert page(mapped, 1) == page(other, 1) != bytes(PAGE_SIZE)
+        assert table.resume() == 0
+        assert table.unmap(mapped, 8) == table.unmap(other, 4) == 0
+    assert (
+        toolstack.balloon_out(info, range(512, 520))
+        == toolstack.balloon_in(info, range(512, 520))
+        == 8
+    )
+
+
 # ---- suspend ----
 
 
@@ -509,6 +534,7 @@ def test_a_lost_host_hangs_nobody(adapter: Adapter, suspended: bool) -> None:
     assert table.suspend() == -errno.EHOSTDOWN
     assert table.table.map(table.table.domain, 0, 1, ffi.new("void **")) == -errno.EHOSTDOWN
     assert page(base, 0) == header  # what is mapped can still be read
+    assert table.unmap(base, 16) == 0
     with pytest.raises(HypervisorError):
         domain.pause()
 

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -22,11 +23,16 @@
  * (vm.max_map_count by default): half for us, half for everybody else in the process. */
 #define RUNS_MAX 32768u
 
+/* A host answers within microseconds; one that is silent for this long is stopped or starved, and the engine must
+ * not hang with it. */
+#define ANSWER_SECONDS 1
+
 struct client {
     struct ck_hypervisor table;
     struct control *control;
     uint64_t control_bytes;
     int memory, kick, note, wake, mapper;
+    uint32_t tag;               /* of the last request to the mapper */
     struct fault_rules faults;
 
     /* Extents are mapped at the slots of one reserved range, so that a base address says which slot it is. */
@@ -185,16 +191,20 @@ static int hv_types(void *domain, uint64_t *pfns, uint32_t count)
     return 0;
 }
 
-/* Ask the host; a reply that is not whole means that it is going or gone. */
-static int ask(struct client *client, const struct mapper_request *request, struct mapper_reply *reply)
+/* Ask the host: its status, -ETIMEDOUT, or -EHOSTDOWN if it is going or gone. Replies to requests that were given up
+ * are passed over. */
+static int ask(struct client *client, struct mapper_request *request, struct mapper_reply *reply)
 {
     ssize_t n;
 
+    request->tag = ++client->tag;
     if (send(client->mapper, request, sizeof *request, MSG_NOSIGNAL) != sizeof *request)
         return -EHOSTDOWN;
-    do
+    do {
         n = recv(client->mapper, reply, sizeof *reply, 0);
-    while (n < 0 && errno == EINTR);
+        if (n < 0 && errno == EAGAIN)
+            return -ETIMEDOUT;
+    } while ((n < 0 && errno == EINTR) || (n > 0 && reply->tag != request->tag));
     if (n < (ssize_t)offsetof(struct mapper_reply, frames)
         || n != (ssize_t)(offsetof(struct mapper_reply, frames) + reply->count * sizeof *reply->frames))
         return -EHOSTDOWN;
@@ -257,6 +267,8 @@ static int give_back(struct client *client, uint32_t slot)
 
     if (blanked != 0)
         return blanked;     /* the slot stays taken: something may still be seen through it */
+    if (rc == -EHOSTDOWN || rc == -ETIMEDOUT)
+        rc = 0;             /* nothing is seen any more; a host that is gone counts no more, a late one will */
     client->nr_runs -= client->runs[slot];
     client->runs[slot] = 0;
     client->free_slots[client->nr_free++] = slot;
@@ -275,6 +287,12 @@ static int hv_map(void *domain, uint64_t first_pfn, uint32_t count, void **base)
         return -ENOSPC;
     uint32_t slot = request.slot = client->free_slots[client->nr_free - 1];
     int rc = ask(client, &request, &reply);
+    if (rc == -ETIMEDOUT) {
+        /* It will map it yet. The order to unmap follows at once, so the slot is free again before its next use. */
+        struct mapper_request undo = { .op = MAPPER_UNMAP, .slot = slot, .tag = ++client->tag };
+        if (send(client->mapper, &undo, sizeof undo, MSG_NOSIGNAL) != sizeof undo)
+            rc = -EHOSTDOWN;
+    }
     if (rc != 0)
         return rc == -EHOSTDOWN && LOAD(client->control->ended) ? -ESHUTDOWN : rc;
     if (reply.count != count)
@@ -382,6 +400,8 @@ struct client *client_new(int memory_fd, int control_fd, int kick, int note, int
     client->note = note;
     client->wake = wake;
     client->mapper = mapper;
+    struct timeval patience = { .tv_sec = ANSWER_SECONDS };
+    setsockopt(mapper, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     close(control_fd);
     client->table = (struct ck_hypervisor){
         .abi = CK_HYPERVISOR_ABI, .size = sizeof client->table, .domain = client,

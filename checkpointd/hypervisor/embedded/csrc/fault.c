@@ -14,7 +14,7 @@ static int act(const struct fault_rule *rule)
         if (rule->action[i] == FAULT_KILL)
             kill(rule->pid[i], SIGKILL);
         else if (rule->action[i] == FAULT_STOP)
-            kill(rule->pid[i], SIGSTOP);
+            raise(SIGSTOP);     /* by this thread: another one would take it later, with this one past the point */
         else
             rc = -EIO;
     }

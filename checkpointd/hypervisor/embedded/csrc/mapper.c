@@ -51,6 +51,7 @@ static void *serve(void *argument)
         if (n != (ssize_t)sizeof request)
             continue;
         reply.count = 0;
+        reply.tag = request.tag;
         if (request.op == MAPPER_MAP)
             reply.status = map_slot(mapper, &request, &reply);
         else

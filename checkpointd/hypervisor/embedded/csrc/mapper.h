@@ -19,11 +19,12 @@ struct mapper_request {
     uint32_t slot;
     uint64_t first_pfn;     /* MAPPER_MAP */
     uint32_t count;
-    uint32_t reserved;
+    uint32_t tag;           /* comes back in the reply, so that a late one is known */
 };
 
 struct mapper_reply {
     int32_t status;         /* 0 or negative errno */
+    uint32_t tag;
     uint32_t count;
     uint32_t frames[CK_EXTENT_PAGES];
 };
