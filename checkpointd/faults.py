@@ -92,7 +92,8 @@ def perform(action: str, name: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: sent to the process, another thread would take it, and this one be past the point by then.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     elif action == "fail":
         raise InjectedFault(f"injected at {name}")
     elif action.startswith("kill-"):
