@@ -542,11 +542,22 @@ def test_a_domid_is_one_hosts_and_a_dead_hosts_is_free(
 def test_all_bad_arguments_are_told_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["guest", "--program", "vk", "--memory", "5kB", "--run-dir", str(tmp_path)]
+    arguments = [
+        "guest",
+        "--program",
+        "vk",
+        "--memory",
+        "5kB",
+        "--domid",
+        "0",
+        "--run-dir",
+        str(tmp_path),
+    ]
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert "--program 'vk'" in said
     assert "--memory" in said
+    assert "--domid" in said
     assert main(["guest", "--until", "3"]) == 2
 
 

@@ -263,6 +263,6 @@ def test_a_place_is_claimed_by_one(tmp_path: Path) -> None:
 def test_a_taken_or_senseless_address_is_told() -> None:
     with bind("127.0.0.1:0") as udp, pytest.raises(HypervisorError, match="cannot be taken"):
         bind(f"127.0.0.1:{udp.getsockname()[1]}")
-    for address in ("", "nowhere", "127.0.0.1:x"):
+    for address in ("", "nowhere", "127.0.0.1:x", "127.0.0.1:65536"):
         with pytest.raises(HypervisorError, match="HOST:PORT"):
             bind(address)

@@ -18,7 +18,7 @@ from uuid import uuid4
 from checkpointd.errors import CheckpointdError, UsageError
 from checkpointd.hypervisor.embedded.host import OUTPUT_LIMIT, Build, Host
 from checkpointd.hypervisor.embedded.lib import ffi, lib
-from checkpointd.hypervisor.embedded.place import Place
+from checkpointd.hypervisor.embedded.place import DOMID_MAX, Place
 from checkpointd.hypervisor.port import PAGE_SIZE, DomainInfo, EndReason, HostIdentity
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class FreshGuest:
             wrong.append(
                 f"--memory must be a multiple of 4KiB, from 64KiB to 16TiB, not {self.memory} octets"
             )
+        if self.domid is not None and not 0 < self.domid <= DOMID_MAX:
+            wrong.append(f"--domid must be from 1 to {DOMID_MAX}, not {self.domid}")
         if wrong:
             raise UsageError("; ".join(wrong))
 

@@ -53,6 +53,8 @@ def bind(address: str, timeout: float = 0.0) -> socket.socket:
         family, kind, protocol_, _, target = socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE
         )[0]
+        if not 0 <= int(port) <= 65535:  # getaddrinfo takes it modulo 65536
+            raise ValueError(f"there is no port {port}")
     except (ValueError, OSError) as error:
         raise HypervisorError(
             f"the guest's address {address!r} is not HOST:PORT: {error}"
