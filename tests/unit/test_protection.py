@@ -345,6 +345,7 @@ for case in (TestDriver, TestDepthOne, TestRunWithout):
     case.settings = settings(
         max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
     )
+del case  # or it would be collected as a test, again
 
 
 # -------------------------------------------------------------------- single stories
