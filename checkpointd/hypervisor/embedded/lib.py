@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpointd import faults
 from checkpointd.errors import HypervisorError, NativeError, UsageError
+from checkpointd.native import refuse_stale
 
 try:
     from checkpointd._embedded import ffi, lib
@@ -24,21 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["arm", "check", "ffi", "lib"]
 
 
-def _refuse_stale() -> None:
-    """A checkout's sources may have moved on since the module was built; an installed wheel has none."""
-    sources = Path(__file__).parent / "csrc"
-    tool = Path(__file__).parents[2] / "csrc" / "source_hash.py"
-    if not tool.exists():
-        return
-    wanted: str = runpy.run_path(str(tool))["source_hash"](sources)
-    if ffi.string(lib.CK_SOURCE_HASH).decode() != wanted:
-        raise NativeError(
-            "the compiled embedded hypervisor is older than its sources: "
-            "run `pip install --no-build-isolation -e .` in the checkout"
-        )
-
-
-_refuse_stale()
+_SOURCES = Path(__file__).parent / "csrc"
+refuse_stale(
+    "checkpointd._embedded",
+    ffi.string(lib.CK_SOURCE_HASH).decode(),
+    _SOURCES,
+    _SOURCES.parents[2] / "csrc" / "hypervisor.h",  # whose struct it fills
+)
 
 # The points in C, by the names that CHECKPOINTD_FAULTS uses (faults.py).
 ENGINE_POINTS = {

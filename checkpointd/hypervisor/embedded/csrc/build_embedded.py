@@ -121,7 +121,7 @@ ffi.cdef(
 ffi.set_source(
     "checkpointd._embedded",
     f"""
-    #define CK_SOURCE_HASH "{tools["source_hash"](HERE)}"
+    #define CK_SOURCE_HASH "{tools["source_hash"](HERE, PORT / "hypervisor.h")}"
     #include "client.h"
     #include "guest.h"
     #include "host.h"
