@@ -1,0 +1,65 @@
+"""A second engine for a guest whose pages the secondary has already."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from pair import LIMIT, MS, pair_in
+
+from checkpointd import native
+from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
+from checkpointd.primary.epoch import EpochTaker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ARENA_PAGES = 512  # the whole guest
+
+
+def test_an_idle_guest_is_protected_again_without_sending_a_page(tmp_path: Path) -> None:
+    """Every page is known, so no live part comes to be: its dirty bits must not stay in the arena."""
+    with pair_in(tmp_path) as pair:
+        guest = pair.guest()
+        standby = pair.standby(silence=int(LIMIT) * 1000 * MS)  # no time without an engine is long
+        first = pair.engine(guest, standby)
+        first.wait("protected")
+        first.committed()
+        first.service._events.put(RuntimeError("the engine dies"))
+        first.thread.join()
+        first.stop()
+        second = pair.engine(guest, standby)
+        second.wait("protected")
+        second.committed()
+        assert standby.replica(guest).equal
+        guest.client("after").set("k", "v")
+        second.committed()
+        assert standby.replica(guest).equal
+
+
+def test_a_pause_voids_what_is_known(tmp_path: Path) -> None:
+    """Else a page that changes, is staged by the pause, and changes back would be left out of a later round, while the
+    secondary has the version in between.
+    """
+    with pair_in(tmp_path) as pair:
+        guest = pair.guest()
+        hypervisor = EmbeddedHypervisor("primary", tmp_path / "run")
+        with closing(hypervisor.attach(guest.info.domid)) as domain:
+            nr_pfns = domain.info.nr_pfns
+            taker = EpochTaker(
+                domain.table,
+                nr_pfns,
+                native.DigestKey(bytes(32)),
+                arenas=1,
+                arena_pages=ARENA_PAGES,
+                mapping_budget=64 << 20,
+                audit_pages=0,
+                suspend_timeout_ns=int(LIMIT * 1e9),
+                detect_zero=True,
+            )
+            with closing(taker):
+                domain.enable_log()
+                taker.dirty.begin_anew()
+                taker.known = bytearray(nr_pfns * native.DIGEST_SIZE)
+                assert taker.take(0, close_output=False).status == 0
+                assert taker.known is None
