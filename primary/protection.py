@@ -183,7 +183,7 @@ class Protection:
             case KnownPages():
                 self._copying = self.state is State.SYNCING
             case Staged():
-                self._staged(event, now)
+                self._staged(event, now, out)
             case Overflow():
                 self._overflow(event, now, out)
             case StageFailed():
@@ -290,13 +290,16 @@ class Protection:
             text = f"refused: {event.text}"
         self._finish(RefusedError.exit_code, text, out)
 
-    def _staged(self, event: Staged, now: int) -> None:
+    def _staged(self, event: Staged, now: int, out: list[Instruction]) -> None:
         self._progress_ns = now
         final = not self._live
         if final or event.pages:
             self._free.remove(event.arena)
             self._flights.append(Flight(event.arena, self.epoch, self.part, final, event.closed))
             self.part += 1
+        else:
+            # Nothing to ship, yet the arena owns the dirt of the pages that the standby has already.
+            out.append(KeepDirt(event.arena))
         if final:
             if event.closed is not None:
                 self.output_shut = True

@@ -102,6 +102,8 @@ class Driver(RuleBasedStateMachine):
         )
         self.prove_gone = 0
         self.said_last = False
+        self.fetching = False  # the standby's page digests were asked for
+        self.known: dict[int, int] = {}
 
     # ---------------------------------------------------------------- performing
 
@@ -121,7 +123,11 @@ class Driver(RuleBasedStateMachine):
             return e.Overflow(len(self.pending))
         taken = set(sorted(self.pending)[:ARENA_PAGES])
         self.pending -= taken
-        self.carried[arena] = taken
+        self.carried[arena] = set(taken)
+        if (
+            not final
+        ):  # a page that the standby has as it is now is not staged, yet its bit is consumed
+            taken = {n for n in taken if self.known.get(n) != self.guest[n]}
         closed = None
         if final and close:
             self.closed += 1
@@ -172,7 +178,11 @@ class Driver(RuleBasedStateMachine):
                 self.unsettled = set()
                 for arena in (0, 1):
                     self.free(arena)
+            case e.FetchKnown():
+                self.fetching = True
             case e.BeginAnew():
+                self.fetching = False
+                self.known = {}
                 self.pending = set(range(PAGES))
                 self.synced = True
             case e.OpenOutput():
@@ -197,6 +207,8 @@ class Driver(RuleBasedStateMachine):
 
     @initialize(image=st.booleans())
     def meet(self, image: bool) -> None:
+        if image:  # of an engine before us
+            self.standby.committed = dict(self.guest)
         self.feed(e.Welcomed(same_standby=False, has_image=image))
 
     @rule(page=st.integers(0, PAGES - 1))
@@ -212,8 +224,11 @@ class Driver(RuleBasedStateMachine):
             self.heard = self.now
         self.feed(e.Tick(self.heard))
 
+    @precondition(lambda self: self.fetching)
     @rule()
     def digests_arrive(self) -> None:
+        self.fetching = False
+        self.known = dict(self.standby.committed or {})
         self.feed(e.KnownPages())
 
     @precondition(lambda self: self.wire and self.standby_alive and not self.standby.retired)
@@ -426,6 +441,13 @@ def test_epoch_numbers_go_on_above_what_the_standby_has_seen() -> None:
     machine = p.Protection(BASE, 7, 0)
     machine.handle(e.Welcomed(same_standby=False, has_image=False, last_epoch=40), 0)
     assert machine.epoch > 40
+
+
+def test_a_round_of_known_pages_leaves_its_arena_free_and_its_dirt_ours() -> None:
+    machine = welcomed()
+    steps = machine.handle(e.Staged(0, 0, ARENA_PAGES), 0)
+    assert steps[0] == e.KeepDirt(0)
+    assert kinds(steps[1:]) == [e.LiveRound]
 
 
 def test_the_interval_is_between_starts() -> None:
