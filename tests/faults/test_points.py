@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-
 from processes import stops
 
 if TYPE_CHECKING:
