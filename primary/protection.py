@@ -100,6 +100,8 @@ class Policy:
     retire_timeout_ns: int = 5_000_000_000
     # How often a question that got no answer is asked again: what waited in a connection that ended is lost.
     ask_every_ns: int = 500_000_000
+    # How often it is looked whether a silent standby is gone by now; a look may hold the loop for a second.
+    look_every_ns: int = 5_000_000_000
 
 
 @dataclass(slots=True)
@@ -138,6 +140,9 @@ class Protection:
         self._free = list(range(policy.arenas))
         self._standby_up = False
         self._progress_ns = now
+        self._silent_since: int | None = None  # until the next welcome
+        self._looked_ns = now  # when it was last asked whether the standby is gone
+        self._not_gone_told = False
         self._not_before = now  # of a live round, after one that failed
         self._hello_ns = now
         self._ended: EndReason | None = None
@@ -181,7 +186,8 @@ class Protection:
             case Refused():
                 self._refused(event, out)
             case KnownPages():
-                self._copying = self.state is State.SYNCING
+                # Also while holding: they come once.
+                self._copying = self.state in (State.SYNCING, State.HOLDING)
             case Staged():
                 self._staged(event, now, out)
             case Overflow():
@@ -228,10 +234,12 @@ class Protection:
                 self._say(self._last_word, now, out)
             return
         silent_ns = now - event.heard_ns
-        if self._standby_up and silent_ns > self.policy.standby_timeout_ns:
-            self._lose_standby(
-                f"the secondary has been silent for {silent_ns // 1_000_000} ms", out
-            )
+        silent = silent_ns > self.policy.standby_timeout_ns
+        if silent and self._silent_since is None:
+            self._silent_since = now
+        if self._standby_up and silent:
+            why = f"the secondary has been silent for {silent_ns // 1_000_000} ms"
+            self._lose_standby(why, now, out)
         elif (
             not self._standby_up
             and event.heard_ns
@@ -245,7 +253,7 @@ class Protection:
         head = self._flights[0] if self._flights else None
         if self._standby_up and head and head.shipped:
             if now - head.first_sent_ns > self.policy.ack_timeout_ns:
-                self._lose_standby(f"no ack of epoch {head.epoch} within the limit", out)
+                self._lose_standby(f"no ack of epoch {head.epoch} within the limit", now, out)
             elif now - head.asked_ns > self.policy.ask_every_ns:
                 head.asked_ns = now
                 out.append(AskMissing(head.epoch, head.part))
@@ -254,10 +262,21 @@ class Protection:
             and now - self._progress_ns > self.policy.give_up_after_ns
         ):
             self._give_up("no progress within --give-up-after", now, out)
+        if (
+            self.state is State.HOLDING
+            and silent
+            and self.policy.run_without_standby
+            and now - self._looked_ns > self.policy.look_every_ns
+        ):
+            self._looked_ns = now
+            out.append(ProveStandbyGone())
 
     def _welcomed(self, event: Welcomed, now: int, out: list[Instruction]) -> None:
         self._standby_up = True
-        self._progress_ns = now
+        if self._silent_since is not None:
+            # Nobody could make progress then. A welcome by itself is none.
+            self._progress_ns += now - self._silent_since
+            self._silent_since = None
         if self.state is State.RETIRING:
             if self._last_word:  # the first time it may have been lost with the connection
                 self._say(self._last_word, now, out)
@@ -275,6 +294,7 @@ class Protection:
                 head.first_sent_ns = now
                 out.append(AskMissing(head.epoch, head.part))
             return
+        self._progress_ns = now
         self.epoch = max(self.epoch, event.last_epoch)
         self._begin_anew("copying all memory", out)
         if event.has_image:
@@ -309,8 +329,10 @@ class Protection:
             self.pacer.started(now)
         else:
             self.live_pages += event.pages
-            # Half an arena is left for what the guest dirties until it is stopped.
-            self._live = event.left > self.policy.arena_pages // 2
+            # Half an arena is left for what the guest dirties until it is stopped. Once the rounds are used up it is
+            # stopped all the same: either it fits now, or it is given up.
+            fits = event.left <= self.policy.arena_pages // 2
+            self._live = not (fits or self._rounds_used_up())
 
     def _overflow(self, event: Overflow, now: int, out: list[Instruction]) -> None:
         self._progress_ns = now
@@ -322,13 +344,16 @@ class Protection:
                 )
             )
         self._live = True
-        if self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1):
+        if self._rounds_used_up():
             self._give_up(
                 f"the guest dirties memory faster than it can be shipped: {event.dirty} pages after "
                 f"{self.policy.max_live_rounds} rounds; enlarge --arena or use a faster link",
                 now,
                 out,
             )
+
+    def _rounds_used_up(self) -> bool:
+        return self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1)
 
     def _shipped(self, event: Shipped, now: int, out: list[Instruction]) -> None:
         head = self._head(event.epoch, event.part)
@@ -407,7 +432,11 @@ class Protection:
         if self.state is not State.HOLDING or not self.policy.run_without_standby:
             return
         if not event.proved:
-            out.append(Alarm(f"output stays shut: the secondary may still live ({event.detail})"))
+            if not self._not_gone_told:
+                out.append(
+                    Alarm(f"output stays shut: the secondary may still live ({event.detail})")
+                )
+            self._not_gone_told = True
             return
         out.append(Abandon())
         self._reset_flights()
@@ -422,7 +451,7 @@ class Protection:
             # Say nothing: silence is what lets the standby act.
             self._finish(HostLostError.exit_code, "the guest's host is gone", out)
             return
-        if not self._standby_up:
+        if self._nobody_has_it():
             self._finish(0, f"the guest has ended: {event.reason}", out)
             return
         crashed = event.reason is EndReason.CRASH
@@ -470,13 +499,21 @@ class Protection:
             head.asked_ns = head.first_sent_ns = now
             out.append(Ship(head.arena, head.epoch, head.part, head.final))
 
-    def _lose_standby(self, why: str, out: list[Instruction]) -> None:
+    def _nobody_has_it(self) -> bool:
+        """No standby can have a replica: it was proved gone, or none was ever acked by it (which shuts the output)."""
+        return self.state is State.UNPROTECTED or (
+            self.state is State.CONNECTING and not self.output_shut
+        )
+
+    def _lose_standby(self, why: str, now: int, out: list[Instruction]) -> None:
         self._standby_up = False
         if self.state not in (State.SYNCING, State.PROTECTED):
             return
         self._enter(State.HOLDING, why)
         out.append(Alarm(f"{why}; the guest runs on, its output held" if self.output_shut else why))
         if self.policy.run_without_standby:
+            self._looked_ns = now
+            self._not_gone_told = False
             out.append(ProveStandbyGone())
 
     def _new_session(self, reason: str, out: list[Instruction]) -> None:
@@ -515,9 +552,7 @@ class Protection:
     def _retire(self, reason: str, code: int, text: str, now: int, out: list[Instruction]) -> None:
         if self.state is State.RETIRING:
             return
-        if self.state is State.UNPROTECTED or (
-            self.state is State.CONNECTING and not self.output_shut
-        ):
+        if self._nobody_has_it():
             self._finish(code, text, out)
             return
         self._exit = (code, text)

@@ -538,3 +538,95 @@ def test_where_the_other_side_runs_the_guest_it_stays_paused_here() -> None:
     assert kinds(steps) == [e.PauseGuest, e.Finish]
     assert isinstance(steps[1], e.Finish)
     assert steps[1].exit_code == RefusedError.exit_code
+
+
+def test_digests_that_come_while_the_standby_is_silent_are_not_lost() -> None:
+    """They come once: were they passed over, no part would ever be staged after its return."""
+    machine = p.Protection(BASE, 1, 0)
+    machine.handle(e.Welcomed(same_standby=False, has_image=True), 0)
+    machine.handle(e.Tick(1), 2000 * MS)
+    assert machine.state is p.State.HOLDING
+    machine.handle(e.KnownPages(), 2100 * MS)
+    steps = machine.handle(e.Welcomed(same_standby=True, has_image=True), 2200 * MS)
+    assert kinds(steps) == [e.LiveRound]
+
+
+def test_a_standby_that_lives_and_never_acks_does_not_hold_the_output_for_ever() -> None:
+    """It says hello again and again; that is no progress (invariant 9)."""
+    machine = protected()
+    (pause,) = machine.handle(e.Tick(100 * MS), 100 * MS)
+    assert isinstance(pause, e.Pause)
+    machine.handle(e.Staged(pause.arena, 1, 0, closed=2), 100 * MS)
+    machine.handle(e.Shipped(pause.epoch, pause.part), 100 * MS)
+    now = 100 * MS
+    while machine.state is not p.State.RETIRING:
+        now += 100 * MS
+        assert now < 2 * BASE.give_up_after_ns, "never given up"
+        steps = machine.handle(e.Tick(now), now)
+        if e.SayHello(resume=True) in steps:
+            machine.handle(e.Welcomed(same_standby=True, has_image=True), now)
+    assert now > BASE.give_up_after_ns
+
+
+def test_the_time_of_a_silence_does_not_count_as_lack_of_progress() -> None:
+    machine = protected()
+    silent = 2 * BASE.give_up_after_ns
+    machine.handle(e.Tick(1), 1200 * MS)
+    assert machine.state.value == "holding"
+    machine.handle(e.Welcomed(same_standby=True, has_image=True), silent)
+    machine.handle(e.Tick(silent), silent)
+    assert machine.state is p.State.PROTECTED
+
+
+def test_nor_does_a_silence_that_came_while_an_ack_was_awaited_in_vain() -> None:
+    machine = protected()
+    (pause,) = machine.handle(e.Tick(100 * MS), 100 * MS)
+    assert isinstance(pause, e.Pause)
+    machine.handle(e.Staged(pause.arena, 1, 0, closed=2), 100 * MS)
+    machine.handle(e.Shipped(pause.epoch, pause.part), 100 * MS)
+    machine.handle(e.Tick(5200 * MS), 5200 * MS)
+    assert machine.reason.startswith("no ack")
+    silent = 2 * BASE.give_up_after_ns
+    machine.handle(e.Tick(5200 * MS), 7000 * MS)
+    machine.handle(e.Welcomed(same_standby=True, has_image=True), silent)
+    machine.handle(e.Tick(silent), silent)
+    assert machine.state is p.State.PROTECTED
+
+
+@pytest.mark.parametrize("reason", [EndReason.POWEROFF, EndReason.REBOOT])
+def test_the_end_of_a_guest_is_said_to_a_silent_standby_too(reason: EndReason) -> None:
+    """It may be back in a moment, with its replica: it would run a guest that was switched off."""
+    machine = protected()
+    machine.handle(e.Tick(1), 1200 * MS)
+    assert machine.state is p.State.HOLDING
+    assert e.SayEnd(reason) in machine.handle(e.GuestEnded(reason), 1300 * MS)
+    assert e.SayEnd(reason) in machine.handle(e.Tick(1), 2000 * MS)
+    (finish,) = machine.handle(e.Tick(1), 9000 * MS)
+    assert isinstance(finish, e.Finish)
+    assert finish.exit_code == 1
+
+
+def test_where_nobody_has_a_replica_the_end_of_the_guest_is_the_end() -> None:
+    (finish,) = p.Protection(BASE, 1, 0).handle(e.GuestEnded(EndReason.POWEROFF), 0)
+    assert isinstance(finish, e.Finish)
+    assert finish.exit_code == 0
+    earlier = p.Protection(BASE, 1, 0, output_shut=True)  # by an engine whose standby may have one
+    assert e.SayEnd(EndReason.POWEROFF) in earlier.handle(e.GuestEnded(EndReason.POWEROFF), 0)
+
+
+def test_a_silent_standby_is_looked_for_until_it_is_gone_or_back() -> None:
+    """It may be stopped first and killed later."""
+    machine = protected(run_without_standby=True)
+    assert e.ProveStandbyGone() in machine.handle(e.Tick(1), 1200 * MS)
+    alarms = kinds(machine.handle(e.StandbyGone(proved=False, detail="stopped"), 1300 * MS))
+    assert alarms == [e.Alarm]
+    asked = [
+        at
+        for at in range(1300, 20_000, 100)
+        if machine.handle(e.Tick(1), at * MS) == [e.ProveStandbyGone()]
+    ]
+    assert len(asked) in (3, 4)
+    assert machine.handle(e.StandbyGone(proved=False, detail="stopped"), 20_000 * MS) == []
+    assert e.OpenOutput in kinds(
+        machine.handle(e.StandbyGone(proved=True, detail="gone"), 21_000 * MS)
+    )
