@@ -102,10 +102,6 @@ class EpochTaker:
         if outcome.status == 0:
             self._round_cursor = outcome.cursor
             self._seal(index, final=False)
-            if not self._sealed[index]:
-                # All that was dirty is known: there is no part to ship and to be acked, but the bits stay ours until
-                # the epoch is. No earlier epoch is in flight that could settle them: its pause voided `known`.
-                self.dirty.keep(index)
         return outcome
 
     def frames(self, index: int) -> list[Frame]:

@@ -318,7 +318,8 @@ class Protection:
             self._flights.append(Flight(event.arena, self.epoch, self.part, final, event.closed))
             self.part += 1
         else:
-            # Nothing to ship, yet the arena owns the dirt of the pages that the standby has already.
+            # Nothing to ship, yet the arena owns the dirt of the pages that the standby has already. No earlier
+            # epoch is in flight that could settle it: a pause voids what is known (epoch.py).
             out.append(KeepDirt(event.arena))
         if final:
             if event.closed is not None:

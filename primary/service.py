@@ -426,8 +426,7 @@ class PrimaryService:
         if now - self._output_read >= OUTPUT_STATS_EVERY and self._ending is None:
             self._output_read = now
             if machine.state is not p.State.PROTECTED:
-                # No epoch does it: give back frames that the guest has ballooned out.
-                self._taker.mappings.refresh()
+                self._give_back_frames()
             self._metrics.mappings(self._taker.mappings.stats())
             self._metrics.peer_connected(machine.standby_up)
             if machine.acked_epoch is not None:
@@ -436,6 +435,14 @@ class PrimaryService:
                 self._metrics.output(self._domain.output.stats())
             except CheckpointdError as error:
                 log.debug("output buffer not read: %s", error)
+
+    def _give_back_frames(self) -> None:
+        """What the guest has ballooned out; no epoch does it now."""
+        try:
+            self._taker.mappings.refresh()
+        except HypervisorError as error:
+            # Nothing is lost: what could not be told counts as changed, and what could not be unmapped is not used.
+            log.warning("mappings stay as they are for now: %s", error)
 
     def _close(self) -> None:
         self._shipper.close()
