@@ -1,15 +1,33 @@
-"""Beginnings and ends of a protection, on real hosts and over real sockets."""
+"""What happens to a protection in its life, with both services in this process (real processes: test_daemons.py)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+import threading
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from pair import MS, Pair, pair_in
+from pair import MS, Engine, Guest, Pair, Standby, eventually, pair_in
+from proxy import Proxy
+
+from checkpointd import faults
+from checkpointd.errors import HypervisorError, ProtectionLostError
+from checkpointd.hypervisor.embedded import toolstack
+from checkpointd.hypervisor.embedded.lib import ENGINE_POINTS
+from checkpointd.wire.frames import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from pair import Table
+
+MIB = 1 << 20
+PAGE = 4096
+# Calls after which the fault acts: beyond the first copy, so that it meets a guest that is protected.
+SETTLED = 12
 
 
 @pytest.fixture
@@ -18,11 +36,291 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         yield made
 
 
-def test_a_guest_smaller_than_the_arena_is_protected(pair: Pair) -> None:
-    """The default arena has room for 32 MiB: a guest of 1 MiB once ended the engine with a traceback."""
-    guest = pair.guest(memory=1 << 20)
+def protected(
+    pair: Pair, program: str = "kv", *, memory: int = 2 * MIB, domid: int = 4, **options: Any
+) -> tuple[Guest, Standby, Engine]:
+    guest = pair.guest(program, memory, domid)
     standby = pair.standby()
-    engine = pair.engine(guest, standby, arena=32 << 20, interval=10 * MS)
+    engine = pair.engine(guest, standby, **options)
+    engine.wait("protected")
+    engine.committed()
+    return guest, standby, engine
+
+
+def again(pair: Pair, guest: Guest, standby: Standby) -> None:
+    """A new engine, as after the old one's end, makes the replica what the guest is."""
+    engine = pair.engine(guest, standby)
     engine.wait("protected")
     engine.committed()
     assert standby.replica(guest).equal
+
+
+def steps_go_on(guest: Guest) -> None:
+    step = guest.step
+    eventually(lambda: guest.step > step, "a step of the guest")
+
+
+def test_a_guest_smaller_than_the_arena_is_protected(pair: Pair) -> None:
+    """The default arena has room for 32 MiB: a guest of 1 MiB once ended the engine with a traceback."""
+    guest, standby, _ = protected(pair, memory=MIB, arena=32 * MIB)
+    assert standby.replica(guest).equal
+
+
+# -------------------------------------------------------------------- failing calls
+
+
+@pytest.mark.parametrize("point", sorted(set(ENGINE_POINTS) - {"hv.resume"}))
+def test_one_failing_call_loses_no_dirt(pair: Pair, point: str) -> None:
+    """A budget of one extent makes each epoch map and unmap."""
+    faults.arm(f"{point}@{SETTLED}=fail")
+    guest, standby, engine = protected(
+        pair, "dirty:256@20", memory=6 * MIB, mapping_budget=2 * MIB, audit_pages=0
+    )
+    eventually(lambda: _failed(engine), f"a failure of {point}")
+    engine.wait("protected")
+    engine.committed()
+    assert standby.replica(guest).equal
+    assert not standby.alarm(guest)
+
+
+@pytest.mark.parametrize("point", sorted(set(ENGINE_POINTS) - {"hv.resume"}))
+def test_a_call_that_always_fails_loses_no_dirt(pair: Pair, point: str) -> None:
+    """The guest runs on, its output shut; the next engine makes the replica right."""
+    faults.arm(f"{point}@{SETTLED}=fail+again")
+    guest = pair.guest("dirty:256@20", 6 * MIB)
+    standby = pair.standby()
+    engine = pair.engine(guest, standby, mapping_budget=2 * MIB, audit_pages=0)
+    eventually(lambda: _failed(engine) >= 3, f"failures of {point}")
+    steps_go_on(guest)
+    engine.stop()
+    assert engine.thread.error is None
+    faults.arm("")
+    again(pair, guest, standby)
+
+
+def _failed(engine: Engine) -> int:
+    value = engine.metrics.registry.get_sample_value(
+        "checkpointd_epochs_total", {"domain": engine.domain.info.name, "result": "failed"}
+    )
+    assert value is not None
+    return int(value)
+
+
+def test_a_guest_that_cannot_be_resumed_is_left_to_its_host(pair: Pair) -> None:
+    """The engine ends, which makes the host resume the guest with its output shut (invariant 5)."""
+    faults.arm(f"hv.resume@{SETTLED}=fail")
+    guest = pair.guest("dirty:256@20", 6 * MIB)
+    standby = pair.standby(engine_restart=10_000 * MS)
+    engine = pair.engine(guest, standby)
+    eventually(lambda: engine.thread.over, "the engine's end")
+    assert isinstance(engine.thread.error, HypervisorError)
+    faults.arm("")
+    engine.stop()
+    steps_go_on(guest)
+    assert toolstack.look(guest.info).shut
+    again(pair, guest, standby)
+    assert toolstack.look(guest.info).shut
+
+
+@pytest.mark.parametrize("call", ["p2m_changes", "unmap"])
+def test_a_call_that_fails_without_a_standby_does_not_end_the_engine(pair: Pair, call: str) -> None:
+    """While no epoch is taken the mappings are looked after all the same; what fails there waits."""
+    failing: list[int] = []
+    on = threading.Event()
+
+    def fail(original: Any, *arguments: Any) -> int:
+        if on.is_set():
+            failing.append(1)
+            return -errno.EIO
+        return int(original(*arguments))
+
+    guest, standby, engine = protected(
+        pair, "dirty:64@20", standby_timeout=200 * MS, tap=lambda table: table.replace(call, fail)
+    )
+    voice = standby.acks(guest)
+    voice.mute = True
+    engine.wait("holding")
+    on.set()
+    toolstack.balloon_out(guest.info, [300, 301])
+    eventually(lambda: failing, f"a failure of {call}")
+    turns = engine.service._progress
+    eventually(lambda: engine.service._progress > turns + 5 or engine.thread.over, "more turns")
+    assert not engine.thread.over, repr(engine.thread.error)
+    on.clear()
+    voice.mute = False
+    engine.wait("protected")
+    engine.committed()
+    assert standby.replica(guest).equal
+
+
+# -------------------------------------------------------------------- the guest's memory
+
+
+def test_a_guest_balloons_while_it_is_protected(pair: Pair) -> None:
+    guest, standby, engine = protected(pair, "dirty:256@20", memory=4 * MIB)
+    pages = list(range(100, 300))
+    assert toolstack.balloon_out(guest.info, pages) == len(pages)
+    engine.committed()
+    assert standby.replica(guest).equal
+    # What was given back is free again, since the engine has let go of it.
+    assert toolstack.balloon_in(guest.info, pages[:150]) == 150
+    engine.committed()
+    assert standby.replica(guest).equal
+    assert not standby.alarm(guest)
+
+
+def test_a_mapping_budget_smaller_than_the_guest(pair: Pair) -> None:
+    guest, standby, engine = protected(
+        pair, "dirty:512@20", memory=8 * MIB, mapping_budget=2 * MIB, audit_pages=64
+    )
+    engine.acked_beyond(2048 // 64 + 1)  # a whole round of the audit
+    stats = engine.service._taker.mappings.stats()
+    assert stats.evicted > 0
+    assert stats.mapped_bytes <= 2 * MIB
+    assert standby.replica(guest).equal
+    assert not standby.alarm(guest)
+
+
+def test_a_burst_larger_than_the_arena_comes_through_live_rounds(pair: Pair) -> None:
+    guest, standby, engine = protected(pair, "dirty:2000@4", memory=8 * MIB, arena=MIB)
+    with engine.no_epochs():
+        start = guest.step
+        eventually(lambda: guest.step > start + 2000, "all its pages rewritten")
+    engine.committed()
+    sample = engine.metrics.registry.get_sample_value(
+        "checkpointd_epochs_total", {"domain": guest.info.name, "result": "too-large"}
+    )
+    assert sample
+    assert engine.machine.state == "protected"
+    assert standby.replica(guest).equal
+
+
+def test_a_guest_that_always_rewrites_everything_is_given_up(pair: Pair) -> None:
+    """The replica is retired first; then the output opens, and the guest runs unprotected."""
+    everything: list[bool] = []
+
+    def dirty_all(table: Table) -> None:
+        def harvest(original: Any, domain: Any, bitmap: Any, nr_pfns: int, mode: int) -> int:
+            rc = int(original(domain, bitmap, nr_pfns, mode))
+            for word in range(nr_pfns // 64 if everything else 0):
+                bitmap[word] = (1 << 64) - 1
+            return rc
+
+        table.replace("harvest", harvest)
+
+    guest, standby, engine = protected(
+        pair, "dirty:64@20", memory=4 * MIB, arena=MIB, max_live_rounds=2, tap=dirty_all
+    )
+    opened_when: list[str] = []
+    open_ = engine.domain.output.open
+
+    def noted() -> None:
+        opened_when.append(standby.state(guest))
+        open_()
+
+    engine.domain.output.open = noted  # type: ignore[method-assign]  # the tap
+    everything.append(True)
+    eventually(lambda: engine.thread.over, "the engine's end")
+    assert engine.thread.ending is not None, engine.thread.error
+    assert engine.thread.ending.exit_code == ProtectionLostError.exit_code
+    assert opened_when == ["retired"]
+    assert not toolstack.look(guest.info).shut
+    steps_go_on(guest)
+
+
+# -------------------------------------------------------------------- several guests, several engines
+
+
+def test_three_guests_into_one_standby(pair: Pair) -> None:
+    """One of them dies and is activated; the others do not notice."""
+    standby = pair.standby()
+    guests = [pair.guest("dirty:64@50", 2 * MIB, domid) for domid in (4, 5, 6)]
+    engines = [pair.engine(guest, standby) for guest in guests]
+    for engine in engines:
+        engine.wait("protected")
+    guests[1].kill()
+    standby.wait(guests[1], "active")
+    assert engines[1].thread.ending is not None or not engines[1].thread.over
+    for guest, engine in ((guests[0], engines[0]), (guests[2], engines[2])):
+        engine.committed()
+        assert engine.machine.state == "protected"
+        assert standby.state(guest) == "standby"
+        assert standby.replica(guest).equal
+
+
+def test_a_returning_engine_sends_only_what_differs(pair: Pair) -> None:
+    guest = pair.guest("dirty:1500@20", 8 * MIB)
+    standby = pair.standby(engine_restart=10_000 * MS)
+    faults.arm("hv.resume@30=fail")  # the engine dies without a word
+    engine = pair.engine(guest, standby)
+    eventually(lambda: engine.thread.over, "the engine's end")
+    faults.arm("")
+    engine.stop()
+    sent = engine.service._shipper.sent_bytes
+    assert sent > 1500 * PAGE
+    toolstack.pause(guest.info)  # it changes no more
+    step = toolstack.look(guest.info).step
+    engine = pair.engine(guest, standby)
+    engine.wait("protected")
+    engine.committed()
+    found = standby.replica(guest)
+    assert found.equal
+    assert found.step == step
+    assert 0 < engine.service._shipper.sent_bytes < sent
+
+
+# -------------------------------------------------------------------- the network
+
+
+def test_a_cut_shorter_than_the_silence_resumes_the_session(pair: Pair) -> None:
+    """In mid-epoch: all pages are there, the end is not. Only what is missing is sent again."""
+    guest = pair.guest("dirty:600@20", 4 * MIB)
+    standby = pair.standby(silence=30_000 * MS)
+    control, bulk = standby.ports
+    with closing(Proxy(control)) as first, closing(Proxy(bulk)) as second:
+        engine = pair.engine(
+            guest, standby, via=(first.port, second.port), interval=100 * MS,
+            standby_timeout=20_000 * MS,
+        )  # fmt: skip
+        engine.wait("protected")
+        engine.committed()
+        session = engine.service._session
+        with engine.no_epochs():
+            eventually(lambda: engine.machine.in_flight == 0, "an engine with nothing in flight")
+            held = engine.epoch
+            engine.gate.hold(lambda header: header.epoch == held and header.kind is Kind.PART_END)
+        eventually(lambda: engine.gate.waiting, "an epoch held at its end")
+        frames = len(engine.service._taker.frames(engine.machine._flights[0].arena))
+        driver = standby.driver(guest)
+        eventually(
+            lambda: driver._assembler and len(driver._assembler._frames) == frames, "its frames"
+        )
+        first.cut()
+        second.cut()
+        eventually(lambda: not engine.service._control.connected, "the loss of the connection")
+        sent = engine.service._shipper.sent_bytes
+        first.mend()
+        second.mend()
+        engine.gate.hold(lambda header: header.epoch > held)
+        eventually(lambda: engine.acked == held, "the ack of the epoch that was cut")
+        assert engine.service._session is session
+        assert engine.service._shipper.sent_bytes - sent < PAGE
+        engine.gate.let_go()
+        engine.committed()
+        assert standby.replica(guest).equal
+        engine.stop()
+
+
+def test_a_standby_that_cannot_fence_does_not_activate(pair: Pair) -> None:
+    """The guest's host is one of another boot: nothing here can stop it, or see that it is gone."""
+    guest = pair.guest()
+    standby = pair.standby()
+    elsewhere = replace(guest.info, host=replace(guest.info.host, boot_id="another"))
+    engine = pair.engine(guest, standby, info=elsewhere)
+    engine.wait("protected")
+    engine.committed()
+    guest.kill()
+    standby.wait(guest, "failed")
+    assert "another boot" in standby.alarm(guest)
+    assert "not activated" in standby.alarm(guest)
+    assert "active" not in standby.states

@@ -147,11 +147,12 @@ class Table:
 
 
 class Tapped:
-    """A domain whose table is another; all else is its own."""
+    """A domain whose table, or description, is another; all else is its own."""
 
-    def __init__(self, domain: EmbeddedDomain, address: int) -> None:
+    def __init__(self, domain: EmbeddedDomain, table: int, info: DomainInfo) -> None:
         self._domain = domain
-        self.table = address
+        self.table = table
+        self.info = info
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._domain, name)
@@ -180,15 +181,18 @@ class Gate(BulkLink):
 
 
 class Acks:
-    """Sees every word of one standby's driver, and can lose its acks on the way."""
+    """Sees every word of one standby's driver, and can lose its acks, or all it says, on the way."""
 
     def __init__(self, driver: Driver) -> None:
         self.sent: list[int] = []  # epochs acked in whole, in order
         self.lose = False
+        self.mute = False
         self._send = driver._send
         driver._send = self  # type: ignore[method-assign]  # the tap
 
     def __call__(self, message: messages.FromSecondary) -> None:
+        if self.mute:
+            return
         if isinstance(message, messages.Ack):
             if self.lose:
                 return
@@ -316,10 +320,13 @@ class Engine:
         guest: Guest,
         ports: tuple[int, int],
         *,
-        tap: Callable[[Table], None] | None = None,
+        tap: Callable[[Table], object] | None = None,
+        info: DomainInfo | None = None,
         **options: Any,
     ) -> None:
-        """`tap` may replace functions of the native table; `options` are PrimaryOptions'."""
+        """`tap` may replace functions of the native table, `info` the guest's description; `options` are
+        PrimaryOptions'.
+        """
         self._guest = guest
         self._stack = ExitStack()
         with ExitStack() as stack:
@@ -350,7 +357,9 @@ class Engine:
                     domid=guest.info.domid, state_dir=state, run_dir=directory / "run",
                     secondary=Address("127.0.0.1", *ports), **chosen,
                 ),
-                Tapped(domain, self._table.address) if tap else domain,
+                Tapped(
+                    domain, self._table.address if tap else domain.table, info or domain.info
+                ),
                 term=terms.load(guest.info.uuid).term,
                 first_epoch=block.start,
                 reserve=lambda _: None,  # no test here uses up a block
@@ -444,8 +453,11 @@ class Pair:
         self._stack.callback(made.stop)
         return made
 
-    def engine(self, guest: Guest, to: Standby, **options: Any) -> Engine:
-        made = Engine(self.directory, guest, to.ports, **options)
+    def engine(
+        self, guest: Guest, to: Standby, *, via: tuple[int, int] | None = None, **options: Any
+    ) -> Engine:
+        """`via`: other ports than the standby's own, of proxies before it."""
+        made = Engine(self.directory, guest, via or to.ports, **options)
         self._stack.callback(made.stop)
         return made
 
