@@ -95,6 +95,7 @@ class SecondaryService:
         self._budget = Budget(options.epoch_memory)
         self._keeper = ImageKeeper(options.keep_images) if options.keep_images else None
         self._drivers: dict[str, Driver] = {}  # by UUID
+        self._labels: set[str] = set()  # of the metrics, each one guest's
         self._dropped: Counter[str] = Counter()  # frames and words of no session here, by kind
         self._stopping = False
         tick_ns = min(TICK_NS, options.silence // TICKS_IN_SILENCE)
@@ -223,7 +224,7 @@ class SecondaryService:
             if driver is None:
                 if len(self._drivers) >= MAX_DOMAINS:
                     raise CheckpointdError(f"this secondary has {MAX_DOMAINS} guests already")
-                driver = self._add(self._terms.load(uuid))
+                driver = self._add(self._terms.load(uuid), hello.info.name)
         except CheckpointdError as error:
             log.error("%s: refused: %s", uuid, error)
             code = "state" if isinstance(error, StateError) else "memory"
@@ -232,7 +233,8 @@ class SecondaryService:
             return
         driver.hello(peer, hello, guest_here=self._guest_here(uuid))
 
-    def _add(self, record: TermRecord) -> Driver:
+    def _add(self, record: TermRecord, name: str = "") -> Driver:
+        """`name`: the guest's, where it is known: what the primary's metrics call it, too."""
         worker = ReplicaWorker(
             self._budget,
             ImageRestorer(self._hypervisor),
@@ -240,7 +242,9 @@ class SecondaryService:
             keeper=self._keeper,
             clock=self._clock,
         )
-        metrics = self._metrics.domain(record.uuid)
+        label = name if name and name not in self._labels else record.uuid
+        self._labels.add(label)
+        metrics = self._metrics.domain(label)
         driver = Driver(record, self._around, self._acceptor, worker, metrics)
         self._drivers[record.uuid] = driver
         return driver
