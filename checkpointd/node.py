@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 # A dom0 says so here (Linux, drivers/xen/xenfs); elsewhere the file is missing or lacks the word.
 XEN_CAPABILITIES = Path("/proc/xen/capabilities")
+# s; from the end of the old domain to the beginning of the new one: a toolstack, or a new interpreter, has to build it.
+REBOOT_TIMEOUT = 60.0
+REBOOT_LOOK = 0.05  # s; between two looks, for there is no event to wait for
 
 
 def choose_hypervisor(wanted: str, run_dir: Path, namespace: str) -> Hypervisor:
@@ -138,13 +142,21 @@ def run_primary(
             log.info("the guest has rebooted: protecting it as domain %d", info.domid)
 
 
-def _after_reboot(hypervisor: Hypervisor, old: DomainInfo) -> DomainInfo:
-    found = hypervisor.find(uuid=old.uuid)
-    if found.domid == old.domid:
-        raise NoSuchDomainError(
-            f"domain {old.domid} ({old.name}) said that it reboots, but no new domain with its UUID {old.uuid} appeared"
-        )
-    return found
+def _after_reboot(
+    hypervisor: Hypervisor, old: DomainInfo, timeout: float = REBOOT_TIMEOUT
+) -> DomainInfo:
+    """The domain that the guest is now. The old one may be seen for a moment yet, then for a while there is none."""
+    deadline = time.monotonic() + timeout
+    while True:
+        for found in hypervisor.domains():
+            if found.uuid == old.uuid and found.domid != old.domid:
+                return found
+        if time.monotonic() >= deadline:
+            raise NoSuchDomainError(
+                f"domain {old.domid} ({old.name}) said that it reboots, but no new domain with its UUID {old.uuid} "
+                f"appeared within {timeout:g} s"
+            )
+        time.sleep(REBOOT_LOOK)
 
 
 def _protect(

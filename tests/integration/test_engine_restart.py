@@ -1,14 +1,17 @@
-"""A second engine for a guest whose pages the secondary has already."""
+"""A second engine for a guest: whose pages the secondary has already, or which has rebooted."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import pytest
 from pair import LIMIT, MS, pair_in
 
-from checkpointd import native
+from checkpointd import native, node
+from checkpointd.errors import NoSuchDomainError
 from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
+from checkpointd.hypervisor.port import EndReason
 from checkpointd.primary.epoch import EpochTaker
 
 if TYPE_CHECKING:
@@ -63,3 +66,26 @@ def test_a_pause_voids_what_is_known(tmp_path: Path) -> None:
                 taker.known = bytearray(nr_pfns * native.DIGEST_SIZE)
                 assert taker.take(0, close_output=False).status == 0
                 assert taker.known is None
+
+
+def test_a_reboot_is_followed_to_the_new_domain(tmp_path: Path) -> None:
+    """Which is not there yet when the old one ends."""
+    with pair_in(tmp_path) as pair:
+        guest = pair.guest()
+        standby = pair.standby(silence=int(LIMIT) * 1000 * MS)
+        engine = pair.engine(guest, standby)
+        engine.wait("protected")
+        guest.transport().send(b"c 1 reboot")
+        engine.thread.join()
+        assert engine.thread.ending is not None
+        assert engine.thread.ending.guest is EndReason.REBOOT
+        engine.stop()
+        found = node._after_reboot(EmbeddedHypervisor("primary", tmp_path / "run"), guest.info)
+        assert (found.uuid, found.domid) == (guest.info.uuid, guest.info.domid + 1)
+
+
+def test_a_reboot_that_comes_to_nothing_is_said(tmp_path: Path) -> None:
+    with pair_in(tmp_path) as pair:
+        guest = pair.guest()  # it has not rebooted
+        with pytest.raises(NoSuchDomainError, match="said that it reboots"):
+            node._after_reboot(EmbeddedHypervisor("primary", tmp_path / "run"), guest.info, 0.1)
