@@ -6,15 +6,15 @@ is pure Python and needs no Xen. Where the package cannot be downloaded these te
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import fuzz_stream as fuzz
 import pytest
 
 from checkpointd.stream import writer
@@ -49,19 +49,7 @@ for line in sys.stdin:
 """
 
 
-def load_samples() -> Any:
-    """The fuzz target's module: it makes the sample streams."""
-    path = Path(__file__).parents[1] / "fuzz" / "fuzz_stream.py"
-    spec = importlib.util.spec_from_file_location("fuzz_stream", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = load_samples()
-SAMPLES: dict[str, Any] = fuzz.samples()
+SAMPLES = fuzz.samples()
 
 
 def unpacked(package: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -11,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fuzz_stream as fuzz
 import pytest
 import zstandard
 
@@ -25,19 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def load_samples() -> Any:
-    """The fuzz target's module: it makes the sample streams."""
-    path = Path(__file__).parents[1] / "fuzz" / "fuzz_stream.py"
-    spec = importlib.util.spec_from_file_location("fuzz_stream", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = load_samples()
-SAMPLES: dict[str, Any] = fuzz.samples()
+SAMPLES = fuzz.samples()
 
 
 @pytest.fixture
@@ -90,9 +78,7 @@ def test_show_as_json_is_one_object_a_line(hvm: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_show_prints_no_page(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_prints_no_page(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in ([], ["--json"]):
         assert stream("show", save(folder / "sample", name), *flags) == 0
         assert len(capsys.readouterr().out) < 200 * (len(SAMPLES[name]) + 20)

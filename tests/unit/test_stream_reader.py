@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 import re
 import time
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
+import fuzz_stream as fuzz
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,20 +19,7 @@ from checkpointd.stream.reader import BrokenStreamError, Event, Reader
 from checkpointd.stream.records import RECORD_HEADER, RECORD_MAX, Layer, RecordType
 from checkpointd.stream.verify import verify
 
-
-def load_samples() -> Any:
-    """The fuzz target's module: it makes the sample streams."""
-    path = Path(__file__).parents[1] / "fuzz" / "fuzz_stream.py"
-    spec = importlib.util.spec_from_file_location("fuzz_stream", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = load_samples()
-SAMPLES: dict[str, Any] = fuzz.samples()
+SAMPLES = fuzz.samples()
 
 # The same examples each time, and no limit of time for one: the machine may be busy.
 repeatable = settings(derandomize=True, deadline=None)

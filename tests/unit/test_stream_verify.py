@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import struct
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import fuzz_stream as fuzz
 import pytest
 
 from checkpointd.stream import bodies
@@ -23,19 +22,7 @@ if TYPE_CHECKING:
     Parts = list[tuple[str, bytes]]
 
 
-def load_samples() -> Any:
-    """The fuzz target's module: it makes the sample streams."""
-    path = Path(__file__).parents[1] / "fuzz" / "fuzz_stream.py"
-    spec = importlib.util.spec_from_file_location("fuzz_stream", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = load_samples()
-SAMPLES: dict[str, Any] = fuzz.samples()
+SAMPLES = fuzz.samples()
 R = RecordType
 
 
@@ -188,7 +175,10 @@ BROKEN: dict[str, tuple[Parts, str]] = {
     "xl length": (poke("xl", "xl header", 48, "00"), "configuration announces 0"),
     "xl libxc": ([fuzz.XL_HEADER, *SAMPLES["hvm"]], "libxl stream should follow"),
     # single records of libxc
-    "unknown record": (before("hvm", "END", ("x", record(0x13))), "unknown mandatory record type 0x13"),
+    "unknown record": (
+        before("hvm", "END", ("x", record(0x13))),
+        "unknown mandatory record type 0x13",
+    ),
     "END body": (body("hvm", "END", bytes(8)), "has 8 octets; it must be empty"),
     "padding": (
         edit("hvm", "HVM_CONTEXT", lambda old: old[:-1] + b"\1"),
