@@ -356,9 +356,6 @@ class Protection:
     def _rounds_used_up(self) -> bool:
         return self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1)
 
-    def _rounds_used_up(self) -> bool:
-        return self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1)
-
     def _shipped(self, event: Shipped, now: int, out: list[Instruction]) -> None:
         head = self._head(event.epoch, event.part)
         if head is None:
