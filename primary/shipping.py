@@ -145,6 +145,9 @@ class Shipper:
         except _AbandonedError:
             pass
         except CheckpointdError as error:
+            # What has left may still be read in place, and what is half sent will be missed and asked for. If
+            # ZeroMQ does not let go this raises, and the daemon ends: a report would free the arena.
+            self._link.abandon()
             if isinstance(job, _Fetch):
                 log.warning("no page digests from the secondary (%s): copying every page", error)
                 self._report(Known(None))
@@ -155,6 +158,7 @@ class Shipper:
         ship = job.ship
         for sequence, frame in enumerate(job.frames):
             if ship.ranges is None or any(first <= sequence <= last for first, last in ship.ranges):
+                self._check_abandoned()
                 faults.point("ship.frame")
                 header = self._header(job, frame.kind, sequence)
                 length = frame.payload.nbytes
@@ -190,7 +194,6 @@ class Shipper:
                 waited += SLICE
                 self._check_abandoned()
                 if waited >= SEND_TIMEOUT:
-                    self._link.abandon()  # what is half sent will be missed, and asked for
                     raise CheckpointdError(
                         f"no frame taken for {SEND_TIMEOUT:.0f} s: {error}"
                     ) from error

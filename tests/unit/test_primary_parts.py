@@ -7,7 +7,7 @@ import queue
 import signal
 import subprocess
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +17,7 @@ from checkpointd.authority.processes import ProcessWatch, boot_id, identify, sta
 from checkpointd.errors import CheckpointdError
 from checkpointd.hypervisor.port import HostIdentity
 from checkpointd.native import DigestKey
+from checkpointd.primary import shipping
 from checkpointd.primary.dirty import DirtySet
 from checkpointd.primary.epoch import Frame
 from checkpointd.primary.events import Ship, ShipFailed, Shipped
@@ -204,6 +205,57 @@ def test_abandoning_interrupts_a_stuck_send_and_reports_nothing(bench: Bench) ->
     bench.link.room.set()
     bench.shipper.ship(bench.session, Ship(0, 6, 0, final=True), bench.frames())
     assert bench.reports.get(timeout=PATIENCE) == Shipped(6, 0)
+
+
+def test_a_part_that_cannot_go_on_is_reported_once_zeromq_has_let_go(bench: Bench) -> None:
+    """Whatever stopped it: its frames may be on their way, and the report says that the arena may be reused."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise CheckpointdError("out of its bounds")
+
+    bench.link.send = refuse  # type: ignore[method-assign]
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), bench.frames())
+    assert bench.reports.get(timeout=PATIENCE) == ShipFailed(5, 0, "out of its bounds")
+    assert bench.link.abandoned == 1
+
+
+@pytest.mark.parametrize("stuck", ["room", "free"])
+def test_a_part_that_zeromq_does_not_let_go_of_is_never_reported(
+    stuck: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipping, "SEND_TIMEOUT", 2 * shipping.SLICE)
+    bench = Bench()
+
+    def hold() -> None:
+        raise LinkTimeoutError("held for ever")
+
+    bench.link.abandon = hold  # type: ignore[method-assign]
+    getattr(bench.link, stuck).clear()
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), bench.frames())
+    assert "held for ever" in str(bench.fatal.get(timeout=PATIENCE))
+    assert bench.reports.empty()
+    bench.shipper.close()
+
+
+def test_abandoning_does_not_wait_for_the_rest_of_a_part(bench: Bench) -> None:
+    """With a link that always has room too: a large part takes longer than the engine waits."""
+    seen = threading.Event()
+    more = threading.Event()
+    send = bench.link.send
+
+    def one(*arguments: Any, **options: Any) -> None:
+        send(*arguments, **options)
+        seen.set()
+        more.wait(PATIENCE)
+
+    bench.link.send = one  # type: ignore[method-assign]
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), bench.frames())
+    assert seen.wait(PATIENCE)
+    bench.shipper._abandoning.set()  # as abandon() begins
+    more.set()
+    assert bench.shipper.abandon(PATIENCE)
+    assert len(bench.link.sent) == 1
+    assert bench.reports.empty()
 
 
 def test_digests_are_gathered_until_the_last_frame(bench: Bench) -> None:
