@@ -60,6 +60,14 @@ class Ending:
     guest: EndReason | None  # why the guest is no more, where that is what ended it
 
 
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """What the secondary said, and in which session: that may be over by the time that the loop comes to it."""
+
+    session: int
+    message: messages.Message
+
+
 class PrimaryService:
     """Protects one attached domain until run() returns. `links` makes the two links once their callbacks are known."""
 
@@ -85,7 +93,9 @@ class PrimaryService:
         self._watch = watch
         self._metrics = metrics
         self._draw_session()
-        self._events: queue.SimpleQueue[e.Event | Known | BaseException] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[e.Event | Known | _Word | BaseException] = (
+            queue.SimpleQueue()
+        )
         info = domain.info
         # Its dirty set cannot be larger than the guest.
         arena_pages = min(options.arena // ARENA_PAGE, info.nr_pfns)
@@ -213,7 +223,9 @@ class PrimaryService:
             self._taker.known = event.digests
             event = e.KnownPages()
         self._progress += 1
-        self._handle(event)
+        said = self._understand(event) if isinstance(event, _Word) else event
+        if said is not None:
+            self._handle(said)
         ended = self._domain.ended() if self._ending is None else None
         if ended is not None:
             self._handle(e.GuestEnded(ended))
@@ -377,28 +389,33 @@ class PrimaryService:
             resume=resume,
         )
 
-    # ------------------------------------------------------------ messages, on the link's thread
+    # ------------------------------------------------------------ messages
 
     def _deliver(self, message: messages.Message) -> None:
-        event: e.Event | None = None
-        match message:
+        """On the link's thread, which goes on in the old session until it comes to the new Hello."""
+        if not isinstance(message, messages.Echo):
+            self._events.put(_Word(self._control.session, message))
+
+    def _understand(self, word: _Word) -> e.Event | None:
+        if word.session != self._session.number:
+            return None  # of a session that was given up: nothing in it is about the new one
+        match message := word.message:
             case messages.Welcome():
-                event = self._welcomed(message)
+                return self._welcomed(message)
             case messages.Refused():
-                event = e.Refused(message.code, message.text)
+                return e.Refused(message.code, message.text)
             case messages.Ack():
-                event = e.Acked(message.epoch, message.part)
+                return e.Acked(message.epoch, message.part)
             case messages.Missing():
-                event = e.Lacking(message.epoch, message.part, message.ranges)
+                return e.Lacking(message.epoch, message.part, message.ranges)
             case messages.FullCopyWanted():
-                event = e.ReplicaRejected(message.reason)
+                return e.ReplicaRejected(message.reason)
             case messages.Retired():
-                event = e.Retired()
+                return e.Retired()
             case messages.Committed():
                 self._committed = message.epoch
                 self._metrics.committed(message.epoch, message.commit_ns)
-        if event is not None:
-            self._events.put(event)
+        return None
 
     def _welcomed(self, message: messages.Welcome) -> e.Event:
         same = self._standby == message.secondary

@@ -159,6 +159,11 @@ class ControlLink:
         return self._session.connected
 
     @property
+    def session(self) -> int:
+        """The session that frames are taken of. It follows hello() on the link's thread: ask there."""
+        return self._session.mark[0]
+
+    @property
     def trouble(self) -> str:
         """Why there is no connection, for a person; empty while there is one."""
         return self._trouble

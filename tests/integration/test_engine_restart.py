@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,12 @@ from checkpointd.errors import NoSuchDomainError
 from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
 from checkpointd.hypervisor.port import EndReason
 from checkpointd.primary.epoch import EpochTaker
+from checkpointd.wire import messages
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from checkpointd.native import Outcome
 
 ARENA_PAGES = 512  # the whole guest
 
@@ -89,3 +93,37 @@ def test_a_reboot_that_comes_to_nothing_is_said(tmp_path: Path) -> None:
         guest = pair.guest()  # it has not rebooted
         with pytest.raises(NoSuchDomainError, match="said that it reboots"):
             node._after_reboot(EmbeddedHypervisor("primary", tmp_path / "run"), guest.info, 0.1)
+
+
+def test_words_of_a_session_that_was_given_up_are_not_about_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They wait in the loop's queue while it is busy: one failed audit, said twice, must not end two sessions, and a
+    welcome of the old session must not begin the copy in the new one.
+    """
+    with pair_in(tmp_path) as pair:
+        guest = pair.guest()
+        standby = pair.standby()
+        engine = pair.engine(guest, standby)
+        engine.wait("protected")
+        service = engine.service
+        busy, go = threading.Event(), threading.Event()
+        take = service._taker.take
+
+        def held(index: int, *, close_output: bool) -> Outcome:
+            busy.set()
+            assert go.wait(LIMIT)
+            return take(index, close_output=close_output)
+
+        service._taker.take = held  # type: ignore[method-assign]  # keeps the loop busy
+        assert busy.wait(LIMIT)
+        me = standby.service._around.identity
+        welcome = messages.Welcome(service._session.number, 1, 1, 1, False, 1 << 30, me)
+        for word in (messages.FullCopyWanted("audit"), welcome, messages.FullCopyWanted("audit")):
+            service._deliver(word)
+        go.set()
+        engine.wait("connecting", "syncing")
+        engine.wait("protected")
+        engine.committed()
+        assert sum("retired its replica" in record.message for record in caplog.records) == 1
+        assert standby.replica(guest).equal
