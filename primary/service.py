@@ -141,6 +141,7 @@ class PrimaryService:
         self._ship_ns = 0
         self._dirty = 0  # pages, of the last epoch
         self._output_read = 0.0
+        self._mapped_bytes = 0  # for status(), which must not look into memory that the loop's end frees
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
         self.on_state: Callable[[str], object] | None = None
 
@@ -152,7 +153,7 @@ class PrimaryService:
 
     def status(self) -> dict[str, Any]:
         """A snapshot for people and programs; safe from any thread."""
-        machine, info, stats = self._machine, self._domain.info, self._taker.mappings.stats()
+        machine, info = self._machine, self._domain.info
         pauses = sorted(self._pauses)
         return {
             "role": "primary",
@@ -176,7 +177,7 @@ class PrimaryService:
             "ram_pages": info.ram_pages,
             "output_shut": machine.output_shut,
             "standby_loss": self._options.standby_loss,
-            "mapped_bytes": stats.mapped_bytes,
+            "mapped_bytes": self._mapped_bytes,
             "secondary": str(self._options.secondary),
             "unsafe": [f"faults armed: {rule.point}" for rule in faults.armed()],
         }
@@ -444,7 +445,9 @@ class PrimaryService:
             self._output_read = now
             if machine.state is not p.State.PROTECTED:
                 self._give_back_frames()
-            self._metrics.mappings(self._taker.mappings.stats())
+            stats = self._taker.mappings.stats()
+            self._mapped_bytes = stats.mapped_bytes
+            self._metrics.mappings(stats)
             self._metrics.peer_connected(machine.standby_up)
             if machine.acked_epoch is not None:
                 self._metrics.lag(machine.epoch - 1 - (self._committed or machine.acked_epoch))

@@ -34,6 +34,7 @@ def test_an_idle_guest_is_protected_again_without_sending_a_page(tmp_path: Path)
         first.committed()
         first.service._events.put(RuntimeError("the engine dies"))
         first.thread.join()
+        assert first.service.status()["role"] == "primary"  # the HTTP thread asks, and ends later
         first.stop()
         second = pair.engine(guest, standby)
         second.wait("protected")
