@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 
 _PHASES = {state: number for number, state in enumerate(p.State)}  # as heartbeats carry it
 ARENA_PAGE = 4096  # octets
+# What a part takes at the secondary beside its pages: 24 octets a page in the lists of pfns and 0.6 KiB in each MiB for
+# heads and frames, together less than this part of the arena; and context and audit, less than so many octets.
+PART_SHARE = 64
+PART_TAIL = 2 << 20
 # s; an abandoned send ends within one slice of the shipper's waiting, and closing a socket with linger 0 at once.
 ABANDON_TIMEOUT = 30.0
 # Pauses kept for the quantiles in status: at 100 ms a minute and a half, at 25 ms a quarter of one.
@@ -141,7 +145,8 @@ class PrimaryService:
         self._ship_ns = 0
         self._dirty = 0  # pages, of the last epoch
         self._output_read = 0.0
-        self._mapped_bytes = 0  # for status(), which must not look into memory that the loop's end frees
+        # For status(), which must not look into memory that the loop's end frees.
+        self._mapped_bytes = 0
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
         self.on_state: Callable[[str], object] | None = None
 
@@ -425,11 +430,13 @@ class PrimaryService:
                 self._standby_watch.close()
             self._standby = message.secondary
             self._standby_watch = self._watch(message.secondary)
-        if self._options.arena > message.epoch_limit_bytes:
+        arena = self._taker.arenas[0].capacity * ARENA_PAGE
+        most = arena + arena // PART_SHARE + PART_TAIL
+        if most > message.epoch_limit_bytes:
             return e.Refused(
                 "memory",
-                f"the secondary keeps at most {message.epoch_limit_bytes} octets of an epoch; make --arena no larger "
-                "or its --epoch-memory larger",
+                f"the secondary keeps at most {message.epoch_limit_bytes} octets of an epoch, and one may take {most}: "
+                "make --arena smaller or its --epoch-memory larger",
             )
         return e.Welcomed(
             same_standby=same, has_image=message.has_image, last_epoch=message.last_epoch

@@ -128,3 +128,14 @@ def test_words_of_a_session_that_was_given_up_are_not_about_the_next(
         engine.committed()
         assert sum("retired its replica" in record.message for record in caplog.records) == 1
         assert standby.replica(guest).equal
+
+
+def test_an_arena_that_just_does_not_fit_the_secondary_is_refused_at_once(tmp_path: Path) -> None:
+    """With what goes with its pages a part of it is larger than all that the secondary takes, each time it is sent."""
+    with pair_in(tmp_path) as pair:
+        guest = pair.guest(memory=8 << 20)
+        standby = pair.standby(epoch_memory=4 << 20)
+        engine = pair.engine(guest, standby, arena=4 << 20, zero_pages=False)
+        engine.thread.join()
+        assert engine.thread.ending is not None
+        assert "--epoch-memory" in engine.thread.ending.text
