@@ -73,7 +73,8 @@ class EmbeddedFence:
         # Half of the time for the polite way: one that is stopped or stuck needs the other.
         answer = self._order("destroy", timeout / 2)
         how = "destroyed the guest at our order" if not isinstance(answer, str) else "was killed"
-        if isinstance(answer, str):
+        # One that obeys should exit by itself now; let it, but not for ever.
+        if isinstance(answer, str) or not self._gone(timeout / 4):
             try:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             except ProcessLookupError:
@@ -83,8 +84,6 @@ class EmbeddedFence:
                     False,
                     f"the host (pid {host.pid}) belongs to another user: stop it, or run as its user or root",
                 )
-        elif not self._gone(timeout / 4):  # it should exit by itself now; let it, but not for ever
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         if self._gone(max(0.0, deadline - time.monotonic())):
             return FenceResult(True, f"the host (pid {host.pid}) {how} and has exited")
         return FenceResult(
