@@ -20,7 +20,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from kills import Phase, Plan, Report, matrix, moments, play
+from kill_plans import Phase, Plan, matrix, moments
+from kills import Report, play
 from report import commit, machine, write_section
 
 if TYPE_CHECKING:

@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 import pytest
-from kills import (
-    HOST,
+from kill_plans import (
+    BOTH_COPIES,
+    DAEMONS,
+    ENGINE,
+    GUEST,
+    MACHINE,
     NEW_HOST,
-    PRIMARY,
-    SECONDARY,
+    STALL,
+    STANDBY,
     Phase,
     Plan,
     activation,
-    play,
     steady,
 )
+from kills import play
 from witnesses import Seen, surviving, unexplained
 
 SEED = 41
 
 
-def victims(*names: str) -> frozenset[str]:
-    return frozenset(names)
-
-
 PLANS = [
     # the pause
-    steady("hv.suspend", victims(PRIMARY, HOST), SEED),
-    steady("hv.harvest", victims(PRIMARY), SEED, returns=False),
-    steady("hv.context", victims(HOST), SEED),
-    steady("hv.output_close", victims(PRIMARY), SEED),
+    steady("hv.suspend", MACHINE, SEED),
+    steady("hv.harvest", ENGINE, SEED, returns=False),
+    steady("hv.context", GUEST, SEED),
+    steady("hv.output_close", ENGINE, SEED),
     # on the way, and the output
-    steady("ship.frame", victims(PRIMARY, SECONDARY), SEED),
-    steady("primary.before-release", victims(PRIMARY, HOST), SEED),
+    steady("primary.after-pause", MACHINE, SEED),
+    steady("ship.frame", MACHINE, SEED),
+    steady("primary.before-release", DAEMONS, SEED),
     # at the standby
-    steady("secondary.before-ack", victims(HOST), SEED),
-    steady("secondary.mid-commit", victims(PRIMARY, HOST), SEED),
-    steady("secondary.after-commit", victims(SECONDARY), SEED),
+    steady("secondary.before-ack", GUEST, SEED),
+    steady("secondary.mid-commit", MACHINE, SEED),
+    steady("secondary.after-commit", STANDBY, SEED),
     # in the guest's host
-    steady("host.input-logged", victims(PRIMARY, HOST), SEED),
-    steady("host.suspended", victims(HOST, SECONDARY), SEED),
+    steady("host.input-logged", MACHINE, SEED),
+    steady("host.suspended", BOTH_COPIES, SEED),
+    # nobody dies, but one stands still for longer than anybody waits
+    steady("hv.resume", STALL, SEED),
+    steady("secondary.before-commit", STALL, SEED),
     # copies
-    Plan(SEED, Phase.FIRST_COPY, victims(PRIMARY, HOST), "ship.end"),
-    Plan(SEED, Phase.SECOND_COPY, victims(PRIMARY, HOST), "ship.frame"),
+    Plan(SEED, Phase.FIRST_COPY, MACHINE, "ship.end"),
+    Plan(SEED, Phase.SECOND_COPY, MACHINE, "ship.frame"),
     # the activation itself
-    activation("secondary.before-fence", victims(PRIMARY), victims(SECONDARY), SEED),
-    activation("secondary.after-term", victims(PRIMARY, HOST), victims(SECONDARY), SEED),
-    activation("secondary.before-start", victims(PRIMARY, HOST), victims(NEW_HOST), SEED),
-    activation("host.before-bind", victims(HOST), victims(SECONDARY), SEED),
-    activation("secondary.after-start", victims(PRIMARY), victims(), SEED),
+    activation("secondary.before-fence", ENGINE, STANDBY, SEED),
+    activation("secondary.before-fence", ENGINE, STALL, SEED, returns=True),
+    activation("secondary.after-term", MACHINE, STANDBY, SEED),
+    activation("secondary.before-start", MACHINE, frozenset({NEW_HOST}), SEED),
+    activation("host.before-bind", GUEST, STANDBY, SEED),
 ]
 
 

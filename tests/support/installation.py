@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 DOMID = 4
 MEMORY = "4MiB"
 INTERVAL = "20ms"  # many epochs a second, so that the n-th passage of a point comes soon
-# Ten heartbeats and more must be missed, on a machine that others use too, before a standby acts.
-SILENCE = "800ms"
+SILENCE = (
+    1.0  # s; twenty heartbeats are missed, on a machine that others use too, before a standby acts
+)
 NEVER = "1h"  # an engine restart that is not to be given up within a test
 CLIENTS = 3
 GRACE = 10.0  # s; for processes that were killed, or whose creator was, to be gone
@@ -66,7 +67,7 @@ class Installation:
 
     def start_secondary(self, *arguments: str, faults: str = "") -> Daemon:
         self.secondary = self.rig.secondary(
-            *("--silence", SILENCE, "--engine-restart", self._engine_restart),
+            *("--silence", f"{SILENCE * 1000:.0f}ms", "--engine-restart", self._engine_restart),
             *("--keep-images", str(self._keep), *arguments),
             faults=faults,
         ).ready()

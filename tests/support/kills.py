@@ -12,10 +12,42 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from installation import ACTING, DOMID, NEVER, Installation, outcome, resume, said, wait_ended
+from installation import (
+    ACTING,
+    DOMID,
+    NEVER,
+    SILENCE,
+    Installation,
+    outcome,
+    resume,
+    said,
+    wait_ended,
+)
+from kill_plans import (
+    BEFORE_FENCE,
+    BOTH_COPIES,
+    COPY_POINTS,
+    DAEMONS,
+    ENGINE,
+    ENGINE_POINTS,
+    GUEST,
+    GUEST_ON_ITS_OWN,
+    HOST,
+    HOST_POINTS,
+    NEW_HOST,
+    PRIMARY,
+    REQUEST_POINTS,
+    SECONDARY,
+    STALL,
+    STANDBY,
+    STANDBY_POINTS,
+    TERM_STORED,
+    Phase,
+    Plan,
+    Victims,
+)
 from processes import PATIENCE, end, state_of, stops, until
 
 from checkpointd.errors import HostLostError, NoSuchDomainError, RefusedError
@@ -24,82 +56,10 @@ from checkpointd.hypervisor.embedded import toolstack
 if TYPE_CHECKING:
     from pathlib import Path
 
-HOST, PRIMARY, SECONDARY = "host", "primary", "secondary"
-NEW_HOST = "new-host"  # the one that an activation starts
-
-SETS: tuple[frozenset[str], ...] = (
-    frozenset({PRIMARY}),
-    frozenset({HOST}),
-    frozenset({SECONDARY}),
-    frozenset({PRIMARY, HOST}),
-    frozenset({PRIMARY, SECONDARY}),
-    frozenset({HOST, SECONDARY}),
-)
-# Sets after which the secondary is the one to act, if it has a committed epoch. (The primary alone: unless a new
-# engine comes in time.)
-ONE_SIDE = (SETS[0], SETS[1], SETS[3])
-
-ENGINE_POINTS = (
-    "primary.before-pause", "hv.suspend", "hv.p2m_changes", "hv.harvest", "hv.types", "hv.context",
-    "hv.output_close", "hv.resume", "primary.after-pause", "ship.frame", "ship.end", "ship.shipped",
-    "primary.before-release", "primary.after-release",
-)  # fmt: skip
-STANDBY_POINTS = (
-    "secondary.frame", "secondary.part-whole", "secondary.before-ack", "secondary.after-ack",
-    "secondary.before-commit", "secondary.mid-commit", "secondary.after-commit",
-)  # fmt: skip
-HOST_POINTS = ("host.step", "host.input-logged", "host.suspended", "host.release")
-# Passed for each request: clients come only when the guest is protected.
-REQUEST_POINTS = ("host.step", "host.input-logged", "host.release")
-EPOCH_POINTS = ENGINE_POINTS + STANDBY_POINTS + HOST_POINTS
-# Copies with the guest running: before the first epoch, and when an engine comes back.
-COPY_POINTS = ("primary.before-round", "hv.harvest", "hv.types", "ship.frame", "ship.end")
-ACTIVATION_POINTS = (
-    "secondary.before-probe", "secondary.before-fence", "secondary.after-fence",
-    "secondary.after-term", "secondary.before-start", "host.before-bind", "host.started",
-    "secondary.after-start",
-)  # fmt: skip
-# From here on the term is on stable storage; from there on the guest lives without its creator.
-TERM_STORED = ACTIVATION_POINTS[3:]
-GUEST_ON_ITS_OWN = ACTIVATION_POINTS[5:]
-
 ENGINE_RESTART = "300ms"  # where no engine is to come back
-SETTLED = 1.0  # s; more than the secondary's silence: by then it would have acted
+SETTLED = 1.2 * SILENCE  # s; by then a secondary that wants to act has begun to
 MOMENTS = 1.5  # s; random kills come within this time after the guest is protected
 MOST_BETWEEN = 0.03  # s between two kills of one set, in random order
-
-
-class Phase(StrEnum):
-    FIRST_COPY = "first copy"  # nothing is committed yet
-    STEADY = "steady"
-    SECOND_COPY = "second copy"  # by a second engine; the replica is an epoch of the first one's
-    ACTIVATION = "activation"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    seed: int
-    phase: Phase
-    victims: frozenset[
-        str
-    ]  # killed while the process stands at the point; empty: it only stalled there
-    point: str = ""  # "": no point but a random moment
-    passage: int = 1
-    returns: bool = (
-        True  # a killed engine is started again (in time), or its host is left to the secondary
-    )
-    trigger: frozenset[str] = frozenset()  # of an activation: the kills that bring it about
-
-    @property
-    def victims_named(self) -> str:
-        names = "+".join(sorted(self.victims)) or "none"
-        alone = self.victims == {PRIMARY} or (not self.victims and self.trigger == {PRIMARY})
-        return names + (", not restarted" if alone and not self.returns else "")
-
-    def __str__(self) -> str:
-        where = f"{self.point}@{self.passage}" if self.point else "a random moment"
-        cause = f" after {'+'.join(sorted(self.trigger))}" if self.trigger else ""
-        return f"{self.phase}{cause}, {where}: {self.victims_named} (seed {self.seed})"
 
 
 @dataclass(slots=True)
@@ -108,74 +68,6 @@ class Report:
     activated: bool = False
     wrong: list[str] = field(default_factory=list)
     answers: int = 0
-
-
-# What is killed together, and whether an engine that is killed alone comes back.
-EPOCH_KILLS = (*((victims, True) for victims in SETS), (SETS[0], False))
-# (what brings the activation about, what is killed in its middle)
-ACTIVATION_KILLS = tuple(
-    (trigger, victims)
-    for victims in (frozenset({SECONDARY}), frozenset[str]())
-    for trigger in (SETS[3], SETS[1], SETS[0])
-)
-# Where there is a host that waits, or runs the guest already: it alone, or with the secondary.
-NEW_HOST_KILLS = {
-    "secondary.before-start": (frozenset({NEW_HOST}), frozenset({NEW_HOST, SECONDARY})),
-    "host.before-bind": (frozenset({NEW_HOST, SECONDARY}),),
-    "host.started": (frozenset({NEW_HOST, SECONDARY}),),
-    "secondary.after-start": (frozenset({NEW_HOST}), frozenset({NEW_HOST, SECONDARY})),
-}
-
-
-def steady(point: str, victims: frozenset[str], seed: int, *, returns: bool = True) -> Plan:
-    """A kill under full protection: every point is passed a few times an epoch at most, so this passage comes long
-    after the first commit.
-    """
-    passage = random.Random(f"{seed} {point}").randint(25, 60)
-    if point in REQUEST_POINTS:
-        passage *= 3
-    return Plan(seed, Phase.STEADY, victims, point, passage, returns)
-
-
-def activation(point: str, trigger: frozenset[str], victims: frozenset[str], seed: int) -> Plan:
-    return Plan(seed, Phase.ACTIVATION, victims, point, returns=False, trigger=trigger)
-
-
-def matrix(seed: int, each: int) -> list[Plan]:
-    """Every point of every phase at least `each` times, spread over all that can be killed there."""
-    plans = [plan for point in EPOCH_POINTS for plan in _kills_at(Phase.STEADY, point, seed, each)]
-    for phase in (Phase.FIRST_COPY, Phase.SECOND_COPY):
-        for point in COPY_POINTS:
-            plans += _kills_at(phase, point, seed, each)
-    for point in ACTIVATION_POINTS:
-        kills = [*ACTIVATION_KILLS]
-        for victims in NEW_HOST_KILLS.get(point, ()):
-            kills += [(SETS[3], victims), (SETS[0], victims)]
-        plans += [
-            activation(point, *kills[n % len(kills)], seed + n)
-            for n in range(max(each, len(kills)))
-        ]
-    return plans
-
-
-def _kills_at(phase: Phase, point: str, seed: int, each: int) -> list[Plan]:
-    plans = []
-    for n in range(max(each, len(EPOCH_KILLS))):
-        victims, returns = EPOCH_KILLS[n % len(EPOCH_KILLS)]
-        if phase is Phase.STEADY:
-            plans.append(steady(point, victims, seed + n, returns=returns))
-        else:
-            plans.append(Plan(seed + n, phase, victims, point, 1, returns))
-    return plans
-
-
-def moments(seed: int, count: int) -> list[Plan]:
-    """Random sets at random moments of protection."""
-    chance = random.Random(f"{seed} moments")
-    return [
-        Plan(seed + n, Phase.STEADY, *chance.choice(EPOCH_KILLS)[:1], returns=chance.random() < 0.5)
-        for n in range(count)
-    ]
 
 
 def play(plan: Plan, directory: Path) -> Report:
@@ -204,12 +96,14 @@ class _Scene:
         self.plan = plan
         self.on = installation
         self.report = report
+        # How much primary and secondary had said when somebody was killed.
+        self._since = self._secondary_since = 0
 
     def check(self, holds: bool, otherwise: str) -> None:
         if not holds:
             self.report.wrong.append(otherwise)
 
-    def kill(self, victims: frozenset[str]) -> None:
+    def kill(self, victims: Victims) -> None:
         """In an order and with gaps of the seed's choice."""
         chance = random.Random(f"{self.plan.seed} order")
         order = sorted(victims - {NEW_HOST})
@@ -229,14 +123,15 @@ class _Scene:
             self.check(never, "a replica was there, and was not activated")
             if HOST in self.plan.victims:
                 self.ends_lost()
-            else:
-                self.ends_alive("primary")
+            else:  # the guest lives, its output perhaps shut already, and waits for an engine
+                self.on.start_primary()
+                self.ends_protected(0)
             return
         self.report.activated = True
-        acked = max(takeover.acked or 0, known_acked or 0)
+        acked = takeover.acked or takeover.epoch  # none in this session: an epoch of the one before
         self.check(
-            takeover.epoch >= acked,
-            f"epoch {takeover.epoch} was activated, {acked} was acknowledged",
+            takeover.epoch == acked >= (known_acked or 0),
+            f"epoch {takeover.epoch} was activated; acknowledged were {acked}, and {known_acked} as the engine knew",
         )
         self.report.wrong += self.on.prove_replica(takeover.epoch)
         self.ends_alive("secondary")
@@ -290,27 +185,27 @@ class _Epoch(_Scene):
     def play(self) -> None:
         self._begin()
         known = self._strike()
-        match self.plan.victims:
-            case v if v == {PRIMARY} and self.plan.returns:
-                self._engine_restarted()
-            case v if v == {SECONDARY}:
-                since = self._since
-                self.on.start_secondary()
-                self.ends_protected(since)
-            case v if v == {PRIMARY, SECONDARY}:
-                self.on.start_secondary()
-                self.on.start_primary()
-                self.ends_protected(0)
-            case v if v == {HOST, SECONDARY}:
+        victims = self.plan.victims
+        if victims == STALL:
+            self._stalled()
+        elif victims == ENGINE and self.plan.returns:
+            self._engine_restarted()
+        elif victims == STANDBY:
+            self.on.start_secondary()
+            self.ends_protected(self._since)
+        elif victims == DAEMONS:
+            self.on.start_secondary()
+            self.on.start_primary()
+            self.ends_protected(0)
+        elif victims == BOTH_COPIES:
+            self._host_lost()
+            self.on.start_secondary()
+            self.ends_lost()
+            self.check(not said(self.on.named(SECONDARY), *ACTING), "the secondary acted")
+        else:
+            if victims == GUEST:
                 self._host_lost()
-                self.on.start_secondary()
-                self.ends_lost()
-                self.check(not said(self.on.named(SECONDARY), *ACTING), "the secondary acted")
-            case v if v == {HOST}:
-                self._host_lost()
-                self.ends_active(known)
-            case _:
-                self.ends_active(known)
+            self.ends_active(known)
 
     def _armed(self, points: tuple[str, ...]) -> str:
         wanted = self.plan.point in points
@@ -340,11 +235,7 @@ class _Epoch(_Scene):
             threading.Event().wait(moment)  # not for anything: it is the random moment
             struck = None
         else:
-            struck = self.on.named(
-                HOST if plan.point in HOST_POINTS
-                else SECONDARY if plan.point in STANDBY_POINTS
-                else PRIMARY
-            )  # fmt: skip
+            struck = self.on.named(plan.stands)
             assert stops(struck.pid), f"{struck.name} ended before it was stopped\n{struck.tail()}"
         known: int | None = None
         if struck is not self.on.primary:
@@ -352,9 +243,31 @@ class _Epoch(_Scene):
         self._since = self.on.named(PRIMARY).catch_up()
         self._secondary_since = self.on.named(SECONDARY).catch_up()
         self.kill(plan.victims)
-        if struck is not None and struck.process.returncode is None:
+        if plan.victims and struck is not None and struck.process.returncode is None:
             resume(struck.pid)
         return known
+
+    def _stalled(self) -> None:
+        """Nobody died: one process stands still for longer than anybody waits for it, and then goes on."""
+        struck = self.on.named(self.plan.stands)
+        match self.plan.stands:
+            case "primary":
+                self.on.named(SECONDARY).state("active", since=self._secondary_since)
+                resume(struck.pid)
+                code = struck.wait()
+                left = (HostLostError.exit_code, RefusedError.exit_code)
+                self.check(code in left, f"the engine came back and ended with {code}, not {left}")
+                self.ends_active()
+            case "secondary":
+                self.on.named(PRIMARY).state("holding", since=self._since)
+                self.check(self.on.clients.silent(0.3), "an answer left while the standby stood")
+                resume(struck.pid)
+                self.ends_protected(self.on.named(PRIMARY).catch_up())
+            case _:
+                self.check(self.on.clients.silent(SETTLED), "an answer left a host that stood")
+                resume(struck.pid)
+                self.check(not said(self.on.named(SECONDARY), *ACTING), "the secondary acted")
+                self.ends_alive("primary")
 
     def _host_lost(self) -> None:
         self.report.wrong += wait_ended(self.on.named(PRIMARY), HostLostError.exit_code)
@@ -396,9 +309,13 @@ class _Activation(_Scene):
         if NEW_HOST in plan.victims:
             assert new_host, "no new host to kill"
             end(new_host)
+        if plan.returns:
+            self.on.start_primary().ready()  # it has attached, and cannot be heard yet
         if state_of(stopped) == "T":
             resume(stopped)
-        if SECONDARY in plan.victims:
+        if plan.returns:
+            self._engine_came_back()
+        elif SECONDARY in plan.victims:
             self._after_restart()
         elif plan.point == "secondary.after-start" and plan.victims:
             struck.state("active")  # it was, and nobody watches over a guest that nobody protects
@@ -406,13 +323,27 @@ class _Activation(_Scene):
         else:
             self.ends_active()
 
+    def _engine_came_back(self) -> None:
+        """At the last moment. It may be heard in time or not; but either it goes on, or the guest is there."""
+        primary = self.on.named(PRIMARY)
+        until(
+            lambda: primary.ended(0) or said(primary, "protected") or _active(self.on),
+            "the end of the race between engine and standby",
+        )
+        if said(primary, "protected"):
+            self.ends_protected(0)
+            return
+        code = primary.wait()
+        left = (HostLostError.exit_code, RefusedError.exit_code)
+        self.check(code in left, f"the engine that came too late ended with {code}, not {left}")
+        self.ends_active()
+
     def _after_restart(self) -> None:
         """The secondary died in the middle of it: its memory, and so the replica, went with it."""
         plan = self.plan
         self.on.start_secondary()
-        before_fence = plan.point in ACTIVATION_POINTS[:2]
-        if before_fence and HOST not in plan.trigger:
-            self.on.start_primary()  # nothing has happened to the guest
+        if plan.point in BEFORE_FENCE and HOST not in plan.trigger:
+            self.on.start_primary()
             self.ends_protected(0)
             return
         if plan.point in GUEST_ON_ITS_OWN and NEW_HOST not in plan.victims:
@@ -430,6 +361,10 @@ class _Activation(_Scene):
     def _old_engine_refused(self) -> None:
         """An engine of the old term, with a guest that it takes for the same, is sent away; that guest is stopped."""
         self.report.wrong += stale_engine_refused(self.on)
+
+
+def _active(on: Installation) -> bool:
+    return on.standby().get("state") == "active"
 
 
 def stale_engine_refused(on: Installation, *, domid: int = DOMID + 1) -> list[str]:
