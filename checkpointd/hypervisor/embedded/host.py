@@ -233,7 +233,7 @@ class Host:
             os.close(fd)  # no order has any
         try:
             self._obey(connection, request)
-        except HypervisorError as error:
+        except (HypervisorError, OSError) as error:  # such as: no descriptor left for one more engine
             self._answer(connection, protocol.failure(error))
         except (KeyError, TypeError, ValueError) as error:
             self._answer(connection, {"error": f"not an order: {error!r}"})
@@ -275,9 +275,12 @@ class Host:
             case "pause" | "unpause" as op:
                 lib.host_pause(self._pointer, op == "pause")
             case "balloon":
-                self._orders.append(
-                    (connection, bool(request["in"]), [int(p) for p in request["pfns"]])
-                )
+                pfns = [int(p) for p in request["pfns"]]
+                if not all(0 <= pfn < self.info.nr_pfns for pfn in pfns):
+                    raise HypervisorError(
+                        f"pfns of this guest are from 0 to {self.info.nr_pfns - 1}, not all of those given"
+                    )
+                self._orders.append((connection, bool(request["in"]), pfns))
                 self._next_order()
                 return
             case "destroy":
