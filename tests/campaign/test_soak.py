@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 KV, DIRTY = 4, 5  # domids
 INTERVAL_MS = 20
+CLIENTS = 4  # of the kv guest; each waits for its answer, which takes an epoch
 SEED = 20141
 SAMPLE_EVERY = 0.25  # s; seen from outside, so nothing tells when to look
 PATIENCE = 60.0  # s for a first copy, or for as many epochs as there are in one
@@ -70,9 +71,10 @@ def test_soak(tmp_path: Path, epochs: int) -> None:
         for primary in primaries:
             primary.state("protected")
         address = next(word for word in kv.log.read_text().split() if word.startswith("127."))
-        transport = UdpTransport(address.rstrip(","))
-        load = Load(transport, seed=SEED)
-        load.start()
+        transports = [UdpTransport(address.rstrip(",")) for _ in range(CLIENTS)]
+        loads = [Load(transport, seed=SEED + n) for n, transport in enumerate(transports)]
+        for load in loads:
+            load.start()
         watch = Watch([kv, dirty, secondary, *primaries])
         began = time.monotonic()
         try:
@@ -90,13 +92,15 @@ def test_soak(tmp_path: Path, epochs: int) -> None:
                 ]
             seconds = time.monotonic() - began
         finally:
-            report = load.stop()
-            transport.close()
-        assert not report.violations
-        assert report.answered > 0
+            reports = [load.stop() for load in loads]
+            for transport in transports:
+                transport.close()
+        assert not [text for report in reports for text in report.violations]
+        answered = sum(report.answered for report in reports)
+        assert answered > 0
         long = epochs >= 10_000
         if long:
-            write_section("soak", _report(watch, done, seconds, report.answered))
+            write_section("soak", _report(watch, done, seconds, answered))
         for name in watch.samples:
             growth = watch.growth(name)
             assert growth.own_kib <= GROWTH_MAX_KIB, f"{name}: {growth}"
@@ -119,7 +123,7 @@ def _report(watch: Watch, done: list[int], seconds: float, answered: int) -> str
         )
     return (
         f"Commit {commit()}; {machine()}; seed {SEED}.\n\n"
-        f"Two guests, kv with one busy client and `dirty:300@20`, {done[0]} and {done[1]} epochs of "
+        f"Two guests, kv with {CLIENTS} busy clients and `dirty:300@20`, {done[0]} and {done[1]} epochs of "
         f"{INTERVAL_MS} ms in {seconds:.0f} s; {answered} requests answered, no violation.\n"
         f"After a warm-up of {WARM_UP:.0%} of the run; growth is that of the median from the first half of "
         f"the rest to the second.\n\n"
