@@ -233,7 +233,8 @@ class Host:
             os.close(fd)  # no order has any
         try:
             self._obey(connection, request)
-        except (HypervisorError, OSError) as error:  # such as: no descriptor left for one more engine
+        except (HypervisorError, OSError) as error:
+            # OSError: such as no descriptor left for one more engine.
             self._answer(connection, protocol.failure(error))
         except (KeyError, TypeError, ValueError) as error:
             self._answer(connection, {"error": f"not an order: {error!r}"})
