@@ -148,11 +148,13 @@ class Driver:
         if len(self._offered) > OFFERS:
             del self._offered[next(iter(self._offered))]
         old = self._hello
-        same_shape = old is None or old.info.nr_pfns == hello.info.nr_pfns
+        same_guest = old is None or (
+            (old.info.nr_pfns, old.info.domid) == (hello.info.nr_pfns, hello.info.domid)
+        )
         if self._detector and hello.session == self.machine.session:
             self._hear()
         self.handle(
-            ev.HelloReceived(hello.session, hello.term, hello.resume, guest_here, same_shape)
+            ev.HelloReceived(hello.session, hello.term, hello.resume, guest_here, same_guest)
         )
 
     def control(self, message: messages.Message) -> None:

@@ -19,7 +19,8 @@ class HelloReceived:
     term: int
     resume: bool
     guest_here: bool  # a domain of this UUID lives on this side's hypervisor
-    same_shape: bool = True  # as large as the replica that is here, if one is
+    # The same domain, and as large, as that of the replica that is here, if one is. Another domain: it rebooted.
+    same_guest: bool = True
 
 
 @dataclass(frozen=True, slots=True)

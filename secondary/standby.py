@@ -244,8 +244,8 @@ class Standby:
         self.deaf = self._fence_tried = False
         self._anew = "its earlier epochs are not here" if hello.resume else ""
         self._open = not hello.resume
-        if self.state is State.STANDBY and not hello.same_shape:
-            self._drop("the guest's size has changed", out)
+        if (self.state is State.STANDBY or self.pending) and not hello.same_guest:
+            self._drop("the guest has begun anew, as another domain or with another size", out)
             self._open = not hello.resume
         if self.state is not State.STANDBY:
             self._enter(State.SYNCING, "receiving the first full copy")

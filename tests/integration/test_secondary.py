@@ -391,6 +391,18 @@ def test_a_new_engine_learns_what_is_here_already(lab: Lab) -> None:
     assert not any(digests[:16]) and not any(digests[48:])  # noqa: PT018 - one statement
 
 
+def test_a_guest_that_began_anew_is_not_taken_back_to_what_it_was_before(lab: Lab) -> None:
+    """A reboot whose End was lost: the new domain's output is open, and the replica is of the old one."""
+    lab.engine().protect()
+    again = lab.engine(session=8, info=replace(INFO, domid=INFO.domid + 1))
+    welcome = again.wait(m.Welcome)
+    assert (welcome.committed_epoch, welcome.has_image) == (None, False)
+    again.close()
+    eventually(lambda: lab.secondary.domain()["silent_ns"] > 2 * SILENCE_NS, "silence")
+    assert lab.secondary.domain()["state"] == State.SYNCING
+    assert lab.secondary.fence.calls == []
+
+
 def test_what_is_lost_on_the_way_is_asked_for(lab: Lab) -> None:
     engine = lab.engine()
     engine.wait(m.Welcome)

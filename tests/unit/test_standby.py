@@ -169,10 +169,18 @@ def test_a_new_engine_keeps_the_replica_until_its_first_epoch_is_whole() -> None
 
 def test_a_guest_of_another_size_is_another_replica() -> None:
     standby = standing_by()
-    out = tell(standby, hello(session=2, same_shape=False))
+    out = tell(standby, hello(session=2, same_guest=False))
     assert of_kind(ev.DropReplica, out)
     assert state(standby) is State.SYNCING
     assert of_kind(ev.SendAck, tell(standby, final(2, session=2)))
+
+
+def test_nor_is_the_first_epoch_of_another_guest_whose_commit_is_under_way() -> None:
+    standby = machine()
+    tell(standby, hello(), final(1))
+    assert of_kind(ev.DropReplica, tell(standby, hello(session=2, same_guest=False)))
+    assert tell(standby, committed(1)) == []
+    assert state(standby) is State.SYNCING
 
 
 def test_silence_alone_leads_to_activation_step_by_step() -> None:
