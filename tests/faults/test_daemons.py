@@ -17,7 +17,7 @@ from vitals import status_of
 
 from checkpointd.demo.proof import prove_guest, prove_image
 from checkpointd.demo.rig import Daemon, Rig
-from checkpointd.errors import HostLostError, ProtectionLostError
+from checkpointd.errors import HostLostError, ProtectionLostError, StateError
 from checkpointd.hypervisor.embedded import toolstack
 from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
 from checkpointd.hypervisor.embedded.kv import KvClient, UdpTransport
@@ -188,6 +188,38 @@ def test_without_a_standby_the_guest_runs_if_that_is_wanted(site: Site) -> None:
     site.rig.secondary(*QUICK).ready()
     primary.state("protected", since=said)
     eventually(lambda: site.view().shut, "the output shut again")
+
+
+def test_a_secondary_that_was_frozen_blames_nobody(site: Site) -> None:
+    """It slept longer than --silence. What it did not hear then is no silence of the primary: nothing is activated,
+    and the session goes on.
+    """
+    primary, secondary = site.protect("--standby-timeout", "1s")
+    session = status_of(site.rig, secondary)["domains"][0]["session"]
+    secondary.catch_up()
+    before = len(secondary.said)
+    os.kill(secondary.pid, signal.SIGSTOP)
+    primary.state("holding")  # after 1 s: twice the silence
+    said = primary.catch_up()
+    os.kill(secondary.pid, signal.SIGCONT)
+    primary.state("protected", since=said)
+    assert site.client("writer").set("key", "value").version == 1
+    secondary.catch_up()
+    assert secondary.said[before:] == []  # it was in standby all the while
+    (domain,) = status_of(site.rig, secondary)["domains"]
+    assert (domain["session"], domain["state"]) == (session, "standby")
+    assert domain["stalls"] > 0
+
+
+def test_a_second_engine_is_turned_away(site: Site) -> None:
+    primary, _ = site.protect()
+    second = site.rig.primary(DOMID)
+    assert (
+        second.wait() == StateError.exit_code
+    )  # it meets the first one's terms before it meets the guest
+    assert f"pid {primary.pid}" in second.tail()
+    assert site.client("writer").set("key", "value").version == 1
+    assert status_of(site.rig, primary)["state"] == "protected"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -120,6 +122,21 @@ def test_a_guest_that_cannot_be_resumed_is_left_to_its_host(pair: Pair) -> None:
     assert toolstack.look(guest.info).shut
     again(pair, guest, standby)
     assert toolstack.look(guest.info).shut
+
+
+def test_a_host_that_stands_still_is_waited_for(pair: Pair) -> None:
+    """Its guest does not stop within the limit: the epoch fails, nothing is lost, and it goes on where it was."""
+    guest, standby, engine = protected(pair, "dirty:64@20", suspend_timeout=50 * MS)
+    os.kill(guest.info.host.pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: _failed(engine) >= 2, "pauses that time out")
+    finally:
+        os.kill(guest.info.host.pid, signal.SIGCONT)
+    engine.acked_beyond(2)
+    steps_go_on(guest)
+    engine.committed()
+    assert engine.states == ["syncing", "protected"]
+    assert standby.replica(guest).equal
 
 
 @pytest.mark.parametrize("call", ["p2m_changes", "unmap"])
