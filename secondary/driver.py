@@ -235,6 +235,10 @@ class Driver:
             elif after is State.ACTIVE:
                 self._metrics.failover(self._cause)
                 self._has_pages = self._prepared = False  # they became the guest
+                # What came since the last acked epoch will not be.
+                self._release_loads()
+                if self._assembler:
+                    self._assembler.discard()
 
     def _perform(self, step: ev.Instruction) -> None:
         match step:

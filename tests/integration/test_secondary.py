@@ -322,6 +322,32 @@ def test_a_silent_primarys_guest_goes_on_from_the_last_acked_epoch(lab: Lab) -> 
     assert not any(isinstance(got, m.Welcome) for got in back.got + again.got)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_came_while_the_old_guest_was_fenced_is_let_go(lab: Lab, whole: bool) -> None:
+    """It was not acked; its memory is that of all guests."""
+    fencing, going_on = threading.Event(), threading.Event()
+
+    def slowly(timeout: float) -> FenceResult:
+        fencing.set()
+        assert going_on.wait(LIMIT_S)
+        return FenceResult(True, "it has exited")
+
+    lab.secondary.fence.fence = slowly  # type: ignore[method-assign]  # to stop it at the right place
+    engine = lab.engine()
+    engine.protect()
+    engine.control.close()
+    assert fencing.wait(LIMIT_S)
+    frames = engine.frames(2, {1: 5})
+    engine.send(frames if whole else frames[:-1])
+    used = lab.secondary.service._budget
+    eventually(lambda: used.used, "the frames")
+    if whole:
+        eventually(lambda: lab.secondary.service._drivers[INFO.uuid].machine._held, "the part")
+    going_on.set()
+    lab.secondary.wait_state(State.ACTIVE)
+    eventually(lambda: used.used == 0, "memory given back")
+
+
 def test_without_a_fence_nothing_is_activated_and_a_returning_primary_goes_on(lab: Lab) -> None:
     lab.secondary.fence.result = FenceResult(False, "it does not answer; pull its plug")
     engine = lab.engine()
