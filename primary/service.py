@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from checkpointd import faults
-from checkpointd.errors import CheckpointdError, HypervisorError
+from checkpointd.errors import CheckpointdError, HypervisorError, NativeError
 from checkpointd.hypervisor.port import EndReason
 from checkpointd.native import TOO_MANY, DigestKey
 from checkpointd.wire import messages
@@ -197,7 +197,9 @@ class PrimaryService:
     # ------------------------------------------------------------ the loop
 
     def run(self) -> Ending:
-        limit = self._options.suspend_timeout / 1e9 + self._options.give_up_after / 1e9
+        options = self._options
+        # An idle loop turns once a heartbeat, a pause may last as long as the guest may take to stop.
+        limit = (options.suspend_timeout + options.give_up_after + options.heartbeat) / 1e9
         watchdog = Watchdog(limit, lambda: self._progress)
         self._shipper.start()
         self._control.start()
@@ -241,6 +243,7 @@ class PrimaryService:
         before = self._machine.state
         instructions = deque(self._machine.handle(event, time.monotonic_ns()))
         while instructions:
+            self._progress += 1  # each has the watchdog's limit for itself
             follow_up = self._perform(instructions.popleft())
             if follow_up is not None:
                 instructions.extend(self._machine.handle(follow_up, time.monotonic_ns()))
@@ -476,4 +479,8 @@ class PrimaryService:
         self._control.close()
         if self._standby_watch is not None:
             self._standby_watch.close()
-        self._taker.close()
+        try:
+            self._taker.close()
+        except NativeError as error:
+            # What ended the shipper holds frames in its traceback. The memory goes with the process.
+            log.warning("%s", error)

@@ -13,13 +13,17 @@ from checkpointd import native, node
 from checkpointd.errors import NoSuchDomainError
 from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
 from checkpointd.hypervisor.port import EndReason
+from checkpointd.primary import service
 from checkpointd.primary.epoch import EpochTaker
+from checkpointd.primary.watchdog import Watchdog
 from checkpointd.wire import messages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from checkpointd.native import Outcome
+    from checkpointd.wire.frames import Header, Octets
 
 ARENA_PAGES = 512  # the whole guest
 
@@ -139,3 +143,44 @@ def test_an_arena_that_just_does_not_fit_the_secondary_is_refused_at_once(tmp_pa
         engine.thread.join()
         assert engine.thread.ending is not None
         assert "--epoch-memory" in engine.thread.ending.text
+
+
+def test_what_ends_the_shipper_is_what_the_engine_ends_with(tmp_path: Path) -> None:
+    """Its traceback holds frames, so their arena cannot be freed yet: that must not be said instead."""
+    with pair_in(tmp_path) as pair:
+        guest = pair.guest()
+        standby = pair.standby(silence=int(LIMIT) * 1000 * MS)
+        engine = pair.engine(guest, standby)
+        engine.wait("protected")
+
+        def broken(header: Header, payload: Octets = b"", *, timeout_s: float) -> None:
+            raise ValueError("broken")
+
+        engine.gate.send = broken  # type: ignore[method-assign]  # as no link should be
+        guest.transport().send(b"one 1 set k v")
+        engine.thread.join()
+        assert isinstance(engine.thread.error, ValueError)
+        engine.thread.error = None
+
+
+def test_the_watchdog_waits_longer_than_an_idle_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which turns once a heartbeat: with a rare one and a short --give-up-after each idle engine was killed."""
+    limits: list[float] = []
+
+    class Watched(Watchdog):
+        def __init__(self, limit: float, progress: Callable[[], int]) -> None:
+            limits.append(limit)
+            super().__init__(limit, progress)
+
+    monkeypatch.setattr(service, "Watchdog", Watched)
+    second = 1000 * MS
+    with pair_in(tmp_path) as pair:
+        standby = pair.standby()
+        engine = pair.engine(
+            pair.guest(), standby, heartbeat=3 * second, standby_timeout=9 * second,
+            give_up_after=second, suspend_timeout=second,
+        )  # fmt: skip
+        engine.wait("protected")
+    assert limits[0] > 3
