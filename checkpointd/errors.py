@@ -92,3 +92,9 @@ class ProtectionLostError(CheckpointdError):
     """Protection was given up; the guest goes on running unprotected or held, as the message says."""
 
     exit_code = 14
+
+
+class StuckError(CheckpointdError):
+    """The engine was stuck and ended itself, so that its guest runs on; the guest's output stays held."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits(3): the engine itself is at fault

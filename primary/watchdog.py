@@ -7,12 +7,12 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from checkpointd.errors import StuckError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger(__name__)
-
-EXIT_STUCK = 70  # EX_SOFTWARE of sysexits(3): the engine itself is at fault
 
 
 class Watchdog:
@@ -44,5 +44,5 @@ class Watchdog:
                 log.critical(
                     "no progress for %.0f s: ending, so that the guest is not held", self._limit
                 )
-                self._end(EXIT_STUCK)
+                self._end(StuckError.exit_code)
             seen = now

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointd.authority.processes import ProcessWatch, boot_id, identify, start_time
-from checkpointd.errors import CheckpointdError
+from checkpointd.errors import CheckpointdError, StuckError
 from checkpointd.hypervisor.port import HostIdentity
 from checkpointd.native import DigestKey
 from checkpointd.primary import shipping
@@ -23,7 +23,7 @@ from checkpointd.primary.epoch import Frame
 from checkpointd.primary.events import Ship, ShipFailed, Shipped
 from checkpointd.primary.pacing import Pacer
 from checkpointd.primary.shipping import Known, Session, Shipper
-from checkpointd.primary.watchdog import EXIT_STUCK, Watchdog
+from checkpointd.primary.watchdog import Watchdog
 from checkpointd.wire import frames
 from checkpointd.wire.frames import NO_DIGEST, Header, Kind, PartEnd
 from checkpointd.wire.initiator import LinkTimeoutError
@@ -300,7 +300,7 @@ def test_the_watchdog_ends_a_process_without_progress() -> None:
     ended: queue.Queue[int] = queue.Queue()
     watchdog = Watchdog(0.01, lambda: 1, ended.put)
     watchdog.start()
-    assert ended.get(timeout=PATIENCE) == EXIT_STUCK
+    assert ended.get(timeout=PATIENCE) == StuckError.exit_code
     watchdog.stop()
 
 
