@@ -34,16 +34,26 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="between two epochs (default: 100ms)",
     )  # fmt: skip
     parser.add_argument(
-        "--memory", default="64MiB", metavar="SIZE", help="of the guest (default: 64MiB)"
-    )
+        "--memory", type=_size, default="64MiB", metavar="SIZE",
+        help="of the guest (default: 64MiB)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of the clients (default: random, and shown)")
     parser.add_argument(
         "--json", action="store_true", help="print the figures as one JSON object, as the last line"
     )
     parser.add_argument(
-        "--work-dir", type=Path, metavar="DIR", help="where sockets and logs live meanwhile"
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="where sockets and logs live meanwhile (default: the system's, such as /tmp)",
     )
     parser.add_argument("--keep", action="store_true", help="leave that directory behind")
+
+
+def _size(text: str) -> str:
+    """Checked here, and passed on as it is written: the guest's own command reads it."""
+    units.parse_size(text)
+    return text
 
 
 def run(args: argparse.Namespace) -> int:

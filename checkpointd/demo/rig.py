@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from checkpointd.errors import CheckpointdError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -29,7 +31,7 @@ PATIENCE = 60.0
 LOG_TAIL = 4000  # characters of a log shown with an error
 
 
-class RigError(Exception):
+class RigError(CheckpointdError):
     """A process did not do what the rig waited for; shows the end of its log."""
 
 

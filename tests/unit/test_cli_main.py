@@ -16,6 +16,7 @@ from checkpointd.errors import FenceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 def run(*argv: str) -> int:
@@ -67,11 +68,21 @@ def test_each_command_is_what_the_list_says(
         (["primary", "--domid"], "argument --domid: expected one argument"),
         (["primary", "--frob", "4"], "--frob: no such option"),
         (["secondary", "--silence", "1"], "--silence: '1' is not a duration"),
+        (["demo", "--memory", "3"], "--memory: '3' is not a size"),
     ],
 )
 def test_wrong_usage(argv: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*argv) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_demo_whose_guest_cannot_start_says_what_the_guest_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("demo", "--memory", "4KiB", "--work-dir", str(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("checkpointd: guest4 did not start\n")
+    assert "--memory must be a multiple of 4KiB, from 64KiB" in said
 
 
 @pytest.mark.parametrize(
