@@ -20,8 +20,8 @@ DIFFERS = 1  # exit code of --compare
 
 DESCRIPTION = """\
 Run an embedded guest in this process, in the foreground: a small machine with memory, a dirty log and a UDP
-address, for where there is no Xen. One line on standard output says when it runs. SIGTERM or Ctrl-C destroys
-it. Then protect it with `checkpointd primary --domid N`.
+address, for where there is no Xen. One line on standard output says when it runs; from then on protect it with
+`checkpointd primary --domid N`. SIGTERM or Ctrl-C destroys it.
 
 Programs:
   kv                a key-value store. Send it datagrams: ID SEQ set KEY VALUE, ID SEQ get KEY, ID SEQ incr KEY,
@@ -40,12 +40,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "guest", help="run an embedded guest, where there is no Xen", description=DESCRIPTION
     )
     parser.add_argument(
-        "--domid", type=int, help="its number here (default: the next free one, from 1)"
+        "--domid",
+        type=int,
+        metavar="N",
+        help="its number here (default: the next free one, from 1)",
     )
     parser.add_argument("--program", default="kv", help="kv or dirty:PAGES@RATE (default: kv)")
     parser.add_argument(
         "--memory", type=units.parse_size, default=64 << 20, metavar="SIZE",
-        help="with its unit, a multiple of 4KiB (default: 64MiB)",
+        help="its memory, such as 256MiB; a multiple of 4KiB (default: 64MiB)",
     )  # fmt: skip
     parser.add_argument("--name", default="", help="for people (default: guest-DOMID)")
     parser.add_argument("--uuid", type=UUID, help="who it is (default: random)")
@@ -54,15 +57,21 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="its UDP address (default: 127.0.0.1, port 47000 + domid)",
     )  # fmt: skip
     parser.add_argument(
-        "--namespace", default="primary", help="which side it is on (default: primary)"
+        "--namespace",
+        default="primary",
+        metavar="NAME",
+        help="which side it is on: primary, or where a secondary activates (default: primary)",
     )
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of sockets and input logs")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR",
+        help="where its socket and its input log are (default: as for the daemons)",
+    )  # fmt: skip
     parser.add_argument(
         "--output-limit",
         type=units.parse_size,
         default=16 << 20,
         metavar="SIZE",
-        help="of its output held until acknowledged; what is beyond is dropped (default: 16MiB)",
+        help="most of its output that is held at a time; what is beyond is dropped (default: 16MiB)",
     )
     parser.add_argument("--paused", action="store_true", help="begin paused")
 
@@ -75,7 +84,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="compute the guest of these input logs",
     )
     replay.add_argument(
-        "--until", type=int, metavar="STEP", help="the last step to do (default: the logs' last)"
+        "--until",
+        type=int,
+        metavar="STEP",
+        help="the last step to compute (default: the logs' last)",
     )
     replay.add_argument(
         "--compare", type=Path, metavar="IMAGE",

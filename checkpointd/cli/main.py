@@ -62,7 +62,7 @@ def build_parser(command: str | None) -> Parser:
     )
     if command is None:
         table = "\n".join(f"  {code:3}  {text}" for code, text in exit_codes().items())
-        parser.epilog = f"exit codes:\n{table}\n  128+n  Ended by signal n."
+        parser.epilog = f"`checkpointd COMMAND --help` tells more.\n\nexit codes:\n{table}\n  128+n  Ended by signal n."
     parser.add_argument("--version", action="version", version=f"checkpointd {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     if command in COMMANDS:

@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     import argparse
 
 DESCRIPTION = """\
-Protect a guest of this host: stop it for a moment at a fixed interval, take what changed, and send
-it to a secondary. What the guest sends leaves only once the secondary has the state that sent it.
+Protect a guest of this host: stop it for a moment at a fixed interval, take what changed since the
+last time (an epoch), let it run on, and send the epoch to a secondary. What the guest sends to its
+network leaves only once the secondary has the epoch that sent it.
 
   checkpointd primary --domid 4                          a secondary on this machine
   checkpointd primary --domid 4 --secondary standby.lan  on another (first: checkpointd keys --help)
 
-SIGTERM ends protection in order: the guest goes on unprotected. Every option may also stand in the
-file of --config, as `interval = "100ms"` under [primary], and in the environment, as
-CHECKPOINTD_INTERVAL=100ms. A flag wins over the environment, that over the file.
+SIGTERM or Ctrl-C ends protection in order: the guest goes on unprotected.
+
+Every option may also stand in the file of --config, as `interval = "100ms"` under [primary], and in
+the environment, as CHECKPOINTD_INTERVAL=100ms. A flag wins over the environment, that over the file.
 Durations need a unit (500us, 100ms, 1m30s), sizes too (64KiB, 256MiB)."""
 
 

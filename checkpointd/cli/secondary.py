@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     import argparse
 
 DESCRIPTION = """\
-Keep replicas of any number of guests. When a primary falls silent, stop its guest for sure, and run
-the guest here from its last whole checkpoint. Without that proof nothing is started.
+Keep replicas of any number of guests. When a primary falls silent, make sure that its guest is
+stopped, and run the guest here from its last acknowledged epoch. Without that proof nothing is run.
 
   checkpointd secondary                      for primaries on this machine
   checkpointd secondary --listen 192.0.2.7   for others (first: checkpointd keys --help)
+
+SIGTERM or Ctrl-C ends it, and its replicas with it; guests that it has activated run on.
 
 Every option may also stand in the file of --config, as `silence = "1s"` under [secondary], and in
 the environment, as CHECKPOINTD_SILENCE=1s. A flag wins over the environment, that over the file.

@@ -31,6 +31,16 @@ ASKED_AT_ONCE = 8
 # A daemon is on this machine: no proxy of the environment has a part in it.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
+DESCRIPTION = """\
+Show the daemons of this machine and the guests they protect, a line for each guest:
+
+  STATE   primary: connecting, syncing, protected, holding (the secondary is lost), unprotected, retiring
+          secondary: waiting, syncing, standby (it could go on with the guest), active (it runs the guest), ...
+  ACKED   the last epoch that the secondary has whole
+  LAG     primary: parts sent and not acknowledged; secondary: epochs acknowledged and not yet in the replica
+  PAUSE   how long the guest stands still for an epoch: the median, and 99 of 100 epochs
+  NOTES   why it is so, the last alarm, and whatever is unsafe"""
+
 HEADS = ("ROLE", "DOMAIN", "DOMID", "STATE", "ACKED", "LAG", "PAUSE p50", "p99", "NOTES")
 
 
@@ -38,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "status",
         help="show the daemons of this machine and the guests they protect",
-        description="Show the daemons of this machine and the guests they protect.",
+        description=DESCRIPTION,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -47,7 +57,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="end with 1 if there is no daemon, or one that is not ready",
     )
     parser.add_argument(
-        "--run-dir", type=Path, default=paths.run_dir(), help="default: %(default)s"
+        "--run-dir",
+        type=Path,
+        default=paths.run_dir(),
+        metavar="DIR",
+        help="where the daemons were told to put their sockets (default: %(default)s)",
     )
 
 

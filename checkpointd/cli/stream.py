@@ -41,6 +41,7 @@ alone, in libxl's framing, or in a file of `xl save`. The file's first octets sa
 
 FILE may be - for standard input, and is decompressed if its name ends in .zst.
 """
+FILE = "- is standard input; one in .zst is decompressed"
 COPY = """\
 Read a whole stream, and write it again. A faultless stream comes back octet for octet, unless its
 version is changed. OUT gets its new content only when all of it is written and IN had no fault;
@@ -61,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="list the records of a stream",
         description="List the records of a stream. Pages are summed up, never printed.",
     )
-    show.add_argument("file", metavar="FILE")
+    show.add_argument("file", metavar="FILE", help=FILE)
     show.add_argument(
         "--json", action="store_true", help="JSON lines, one a record; the last is a summary"
     )
@@ -72,12 +73,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Tell whether Xen would restore a stream. All that is wrong goes to standard"
         " error, and the exit code is then 10.",
     )
-    check.add_argument("file", metavar="FILE")
+    check.add_argument("file", metavar="FILE", help=FILE)
     check.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
     copy = actions.add_parser("copy", help="decode a stream and encode it", description=COPY)
-    copy.add_argument("source", metavar="IN")
-    copy.add_argument("target", metavar="OUT")
+    copy.add_argument("source", metavar="IN", help=FILE)
+    copy.add_argument(
+        "target", metavar="OUT", help="- is standard output; one in .zst is compressed"
+    )
     copy.add_argument(
         "--to-version",
         type=int,

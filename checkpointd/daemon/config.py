@@ -59,7 +59,7 @@ class CommonOptions:
     )
     no_metrics: bool = setting(switch(), "no", "serve no metrics, health or status by HTTP")
     state_dir: Path = setting(
-        directory(), paths.state_dir, "keys, terms and images: what survives a reboot"
+        directory(), paths.state_dir, "keys, and who may run each guest: what must survive a reboot"
     )
     run_dir: Path = setting(directory(), paths.run_dir, "sockets and the list of running daemons")
     log_level: str = setting(
@@ -83,9 +83,15 @@ class PrimaryOptions(CommonOptions):
 
     role: ClassVar[str] = "primary"
 
-    domid: int | None = setting(integer(0, LAST_DOMID, "DOMID"), "", "the guest, by its domain id")
+    domid: int | None = setting(
+        integer(0, LAST_DOMID, "DOMID"), "", "the guest, by its domain id here"
+    )
     uuid: str | None = setting(uuid_value(), "", "the guest, by its UUID")
-    namespace: str = setting(_NAMESPACE, "primary", "which embedded hosts to look at")
+    namespace: str = setting(
+        _NAMESPACE,
+        "primary",
+        "where embedded guests are looked for: what `checkpointd guest --namespace` says",
+    )
     secondary: Endpoint = setting(
         endpoint(CONTROL_PORT, BULK_PORT), "127.0.0.1", "the secondary that keeps the replica"
     )
@@ -98,16 +104,16 @@ class PrimaryOptions(CommonOptions):
     ack_timeout: int = setting(
         duration("100ms", "1h"),
         "10s",
-        "an epoch not acknowledged within it is an alarm, and the standby lost",
+        "an epoch not acknowledged within it is an alarm, and the secondary counts as lost",
     )
     standby_timeout: int = setting(
-        duration("100ms", "1h"), "1s", "silence of the secondary after which it is lost"
+        duration("100ms", "1h"), "1s", "silence of the secondary after which it counts as lost"
     )
     standby_loss: str = setting(
         choice("hold", "run"),
         "hold",
-        "without a standby, hold the guest's output until one is back, or let the guest run on "
-        "unprotected once the old replica is sure never to be activated",
+        "when the secondary is lost: hold the guest's output until one is back, or let the guest run "
+        "on unprotected once the old replica is sure never to be activated",
     )
     suspend_timeout: int = setting(
         duration("10ms", "10m"), "5s", "how long the guest may take to stop for an epoch"
@@ -128,16 +134,21 @@ class PrimaryOptions(CommonOptions):
         size("2MiB", "1TiB"), "1GiB", "guest memory kept mapped between epochs"
     )
     audit_pages: int = setting(
-        integer(0, 4096), "16", "clean pages compared with the replica in each epoch"
+        integer(0, 4096),
+        "16",
+        "clean pages compared with the replica in each epoch: finds dirt that was missed",
     )
     max_live_rounds: int = setting(
-        integer(1, 10_000), "30", "copies with the guest running before protection is given up"
+        integer(1, 10_000),
+        "30",
+        "how many times over the guest's memory is copied while it runs, before protection of a "
+        "guest that dirties it faster than that is given up",
     )
     zero_pages: bool = setting(switch(), "yes", "look for pages of zeros, and do not send them")
     metrics: Listen = setting(
         address(auto=True),
         "127.0.0.1:auto",
-        f"where /metrics, /readyz and /status are; auto is {PRIMARY_METRICS_BASE} + domid",
+        f"where /metrics, /livez, /readyz and /status are; auto is {PRIMARY_METRICS_BASE} + domid",
     )
 
     def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -162,12 +173,12 @@ class SecondaryOptions(CommonOptions):
 
     listen: str = setting(_HOST, "127.0.0.1", "address to listen on for primaries")
     control_port: int = setting(
-        integer(1, 65535, "PORT"), str(CONTROL_PORT), "TCP port of words and heartbeats"
+        integer(1, 65535, "PORT"), str(CONTROL_PORT), "TCP port of heartbeats and answers"
     )
     bulk_port: int = setting(integer(1, 65535, "PORT"), str(BULK_PORT), "TCP port of pages")
     namespace: str = setting(_NAMESPACE, "secondary", "where embedded guests are activated")
     silence: int = setting(
-        duration("100ms", "1h"), "1s", "silence of the primary after which its guests are activated"
+        duration("100ms", "1h"), "1s", "silence of the primary after which its guest is activated"
     )
     engine_restart: int = setting(
         duration("0s", "1h"),
@@ -180,11 +191,11 @@ class SecondaryOptions(CommonOptions):
         "how long stopping the old guest may take; if it fails nothing is activated",
     )
     unsafe_no_fencing: bool = setting(
-        switch(), "no", "activate without stopping the old guest: BOTH MAY RUN and split the world"
+        switch(), "no", "activate without proof that the old guest is stopped: BOTH MAY RUN"
     )
     activate_paused: bool = setting(switch(), "no", "leave an activated guest paused")
     image: str = setting(choice("memory", "disk"), "memory", "where replicas are kept")
-    image_dir: Path | None = setting(directory(), "", "where they are, with --image disk")
+    image_dir: Path | None = setting(directory(), "", "where on disk, with --image disk")
     keep_images: Path | None = setting(
         directory(), "", "also write committed images there, as files for `checkpointd stream`"
     )
@@ -194,7 +205,7 @@ class SecondaryOptions(CommonOptions):
     metrics: Listen = setting(
         address(auto=False),
         f"127.0.0.1:{SECONDARY_METRICS_PORT}",
-        "where /metrics, /readyz and /status are",
+        "where /metrics, /livez, /readyz and /status are",
     )
 
     def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:

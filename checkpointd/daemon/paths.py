@@ -15,7 +15,7 @@ SOCKET_PATH_LIMIT = 107  # octets: sun_path is 108 with its closing NUL (unix(7)
 
 
 def state_dir() -> Path:
-    """Of keys, terms and images.
+    """Of keys and terms.
 
     $CHECKPOINTD_STATE_DIR, else /var/lib/checkpointd for root, the XDG state directory for others.
     """
