@@ -115,7 +115,9 @@ class Shipper:
         return order.done.wait(timeout)
 
     def close(self) -> None:
+        """End the thread. ZeroMQ has let go of every frame then, so the arenas can be freed."""
         self._abandoning.set()
+        self._jobs.put(_Abandon())
         self._jobs.put(None)
         self._thread.join()
 

@@ -164,6 +164,15 @@ def bench() -> Iterator[Bench]:
     assert threading.active_count() == before
 
 
+def test_closing_waits_until_zeromq_lets_go_of_the_arena(bench: Bench) -> None:
+    """The host is lost with a part on the wire: next the arenas are freed."""
+    bench.link.free.clear()
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), bench.frames())
+    assert bench.link.waiting.wait(PATIENCE)
+    bench.shipper.close()
+    assert bench.link.free.is_set(), "closed without it"
+
+
 def test_a_part_goes_out_in_order_and_ends_with_its_sum(bench: Bench) -> None:
     bench.shipper.ship(bench.session, Ship(0, 5, 1, final=True), bench.frames())
     assert bench.reports.get(timeout=PATIENCE) == Shipped(5, 1)
