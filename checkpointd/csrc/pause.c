@@ -168,17 +168,21 @@ static void stage_page(const struct ck_request *q, struct ck_outcome *out, uint6
     forget_known(q, pfn);
 }
 
-/* Live only: is the extent still what it was when the types were asked? If not, its pages wait for
- * the next round. Frames may have changed between the types and the mapping, and a page that has
- * gone is a hole now. */
-static bool still_true(const struct ck_request *q, struct ck_outcome *out, uint64_t pfn,
-                       const uint8_t *base, bool *same)
+/* Live only: are words[0..n), of the one extent that is mapped at `base`, still what their types said?
+ * If not, they wait for the next round. Frames may have changed between the types and the mapping, and
+ * a page that has gone is a hole now. The news of it may have come while another extent of the same
+ * batch was looked at: what this round has heard so far is in `changed`. */
+static bool still_true(const struct ck_request *q, struct ck_outcome *out, const uint64_t *words,
+                       uint32_t n, const uint8_t *base, bool *same)
 {
+    const struct ck_mappings *cache = q->mappings;
     int64_t changes = ck_mappings_refresh(q->mappings);
 
     if (changes < 0)
         return fail(out, CK_STEP_P2M, changes);
-    *same = ck_mappings_peek(q->mappings, pfn) == base;
+    *same = ck_mappings_peek(cache, words[0] & CK_PFN_MASK) == base;
+    for (uint32_t i = 0; cache->any_changed && i < n; i++)
+        *same &= !ck_bit_test(cache->changed, words[i] & CK_PFN_MASK);
     return true;
 }
 
@@ -198,7 +202,7 @@ static bool stage_run(const struct ck_request *q, struct ck_outcome *out, const 
 
         if (rc)
             return fail(out, CK_STEP_MAP, rc);
-        if (live && !still_true(q, out, pfn, base, &same))
+        if (live && !still_true(q, out, words, n, base, &same))
             return false;
         if (!same) {
             for (uint32_t i = 0; i < n; i++) {

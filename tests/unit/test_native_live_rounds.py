@@ -127,3 +127,21 @@ def test_a_frame_that_changes_under_a_round_waits_for_the_next(
     assert guest.live_round().status == 0
     assert staged(guest.arena) == {5: text(5)} | ({6: text(6, 1)} if change == "swap" else {})
     assert outcome.remaining == 2
+
+
+@pytest.mark.parametrize("change", ["swap", "hole"])
+def test_a_frame_that_changes_before_its_extent_is_reached_waits_too(
+    make_guest: Callable[..., Guest], change: str
+) -> None:
+    """One call of types() is about several extents. The change is told when the first of them is looked at, so the
+    second, mapped after it, has the hole and no news of it.
+    """
+    guest = make_guest()
+    for pfn in (5, 700, 701):
+        guest.write(pfn, text(pfn))
+    guest.lib.fake_after_types(
+        guest.handle, 701 if change == "swap" else -1, 701 if change == "hole" else -1
+    )
+    assert guest.live_round().status == 0
+    assert staged(guest.arena) == {5: text(5)}
+    assert (set(guest.pending), set(guest.carried)) == ({700, 701}, {5})
