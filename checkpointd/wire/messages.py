@@ -99,7 +99,7 @@ class Welcome:
 class Refused:
     session: int
     term: int  # that the secondary knows
-    code: str  # term, active, busy, protocol, memory, retired, ...
+    code: str  # term, active, busy, memory, state, ...
     text: str  # for the person: what is wrong, what to do
 
 
