@@ -187,8 +187,13 @@ class Acks:
         self.sent: list[int] = []  # epochs acked in whole, in order
         self.lose = False
         self.mute = False
+        self._driver = driver
         self._send = driver._send
         driver._send = self  # type: ignore[method-assign]  # the tap
+
+    def stop(self) -> None:
+        """Let everything through again, and be gone."""
+        self._driver._send = self._send  # type: ignore[method-assign]  # the tap
 
     def __call__(self, message: messages.FromSecondary) -> None:
         if self.mute:
