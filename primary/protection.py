@@ -139,6 +139,7 @@ class Protection:
         self._flights: deque[Flight] = deque()
         self._free = list(range(policy.arenas))
         self._standby_up = False
+        self._met = False  # a standby has taken a session of this engine
         self._progress_ns = now
         self._silent_since: int | None = None  # until the next welcome
         self._looked_ns = now  # when it was last asked whether the standby is gone
@@ -278,9 +279,12 @@ class Protection:
             self._progress_ns += now - self._silent_since
             self._silent_since = None
         if self.state is State.RETIRING:
-            if self._last_word:  # the first time it may have been lost with the connection
+            if self._met and not event.same_standby:
+                self._last_word = None  # this one cannot speak for the one that had the replica
+            elif self._last_word:  # the first time it may have been lost with the connection
                 self._say(self._last_word, now, out)
             return
+        self._met = True
         if self.state is not State.CONNECTING:
             if not event.same_standby:
                 self._new_session("a new secondary: copying all memory", out)
@@ -423,7 +427,7 @@ class Protection:
         self._progress_ns = now
 
     def _retired(self, out: list[Instruction]) -> None:
-        if self.state is not State.RETIRING:
+        if self.state is not State.RETIRING or self._last_word is None:
             return
         if self._ended is None:
             self._open("the replica was retired", out)

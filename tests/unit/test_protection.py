@@ -507,6 +507,15 @@ def test_giving_up_waits_for_the_replica_to_be_retired() -> None:
     assert steps[1].exit_code == ProtectionLostError.exit_code
 
 
+def test_a_new_standby_cannot_retire_the_old_one_s_replica() -> None:
+    machine = protected()
+    machine.handle(e.StopAsked(), 10 * MS)
+    assert machine.handle(e.Welcomed(same_standby=False, has_image=False), 20 * MS) == []
+    assert machine.handle(e.Retired(), 30 * MS) == []
+    steps = machine.handle(e.Tick(30 * MS), 6000 * MS)
+    assert kinds(steps) == [e.Finish]
+
+
 def test_unconfirmed_retirement_leaves_the_output_shut() -> None:
     machine = protected()
     machine.handle(e.StopAsked(), 10 * MS)
