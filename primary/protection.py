@@ -22,9 +22,8 @@ at a time; others wait staged, one to an arena.
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
 from checkpointd.hypervisor.port import EndReason
@@ -68,7 +67,11 @@ from .events import (
     Tick,
     Welcomed,
 )
+from .flights import Flight, Flights
 from .pacing import Pacer
+
+if TYPE_CHECKING:
+    from .policy import Policy
 
 
 class State(StrEnum):
@@ -79,43 +82,6 @@ class State(StrEnum):
     UNPROTECTED = "unprotected"
     RETIRING = "retiring"
     OVER = "over"
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the user decided. Times in nanoseconds."""
-
-    interval_ns: int
-    arenas: int
-    arena_pages: int
-    ram_pages: int
-    output_depth: int
-    run_without_standby: bool  # --standby-loss run
-    standby_timeout_ns: int
-    ack_timeout_ns: int
-    give_up_after_ns: int
-    max_live_rounds: int  # passes over the whole memory, in pages staged
-    # How long a standby may take to retire its replica before we leave with the output shut. It has to
-    # wait for its commit worker at most, which holds one epoch.
-    retire_timeout_ns: int = 5_000_000_000
-    # How often a question that got no answer is asked again: what waited in a connection that ended is lost.
-    ask_every_ns: int = 500_000_000
-    # How often it is looked whether a silent standby is gone by now; a look may hold the loop for a second.
-    look_every_ns: int = 5_000_000_000
-
-
-@dataclass(slots=True)
-class Flight:
-    arena: int
-    epoch: int
-    part: int
-    final: bool
-    closed: int | None
-    sent: bool = False  # handed to the shipper
-    shipped: bool = False
-    acked: bool = False
-    asked_ns: int = 0  # when it was last sent or asked for
-    first_sent_ns: int = 0
 
 
 class Protection:
@@ -136,8 +102,7 @@ class Protection:
         self.live_pages = 0  # staged by live rounds for the epoch in the making
         self._live = True  # copying while the guest runs, until the dirty set fits an arena
         self._copying = False  # the standby has said what it has; parts may be staged
-        self._flights: deque[Flight] = deque()
-        self._free = list(range(policy.arenas))
+        self._flights = Flights(policy.arenas)
         self._standby_up = False
         self._met = False  # a standby has taken a session of this engine
         self._progress_ns = now
@@ -251,7 +216,7 @@ class Protection:
         ):
             self._hello_ns = now
             out.append(SayHello(resume=True))
-        head = self._flights[0] if self._flights else None
+        head = self._flights.head
         if self._standby_up and head and head.shipped:
             if now - head.first_sent_ns > self.policy.ack_timeout_ns:
                 self._lose_standby(f"no ack of epoch {head.epoch} within the limit", now, out)
@@ -292,8 +257,8 @@ class Protection:
             if self.state is State.HOLDING:
                 synced = self.acked_epoch is not None
                 self._enter(State.PROTECTED if synced else State.SYNCING, "the secondary is back")
-            if self._flights and self._flights[0].sent:
-                head = self._flights[0]
+            head = self._flights.head
+            if head and head.sent:
                 head.asked_ns = now
                 head.first_sent_ns = now
                 out.append(AskMissing(head.epoch, head.part))
@@ -318,8 +283,8 @@ class Protection:
         self._progress_ns = now
         final = not self._live
         if final or event.pages:
-            self._free.remove(event.arena)
-            self._flights.append(Flight(event.arena, self.epoch, self.part, final, event.closed))
+            flight = Flight(event.arena, self.epoch, self.part, final, event.closed)
+            self._flights.take_off(flight)
             self.part += 1
         else:
             # Nothing to ship, yet the arena owns the dirt of the pages that the standby has already. No earlier
@@ -361,16 +326,16 @@ class Protection:
         return self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1)
 
     def _shipped(self, event: Shipped, now: int, out: list[Instruction]) -> None:
-        head = self._head(event.epoch, event.part)
+        head = self._flights.on_wire(event.epoch, event.part)
         if head is None:
             return
         head.shipped = True
         head.asked_ns = now
         if head.acked:
-            self._land(head, now, out)
+            self._land(now, out)
 
     def _ship_failed(self, event: ShipFailed, now: int, out: list[Instruction]) -> None:
-        head = self._head(event.epoch, event.part)
+        head = self._flights.on_wire(event.epoch, event.part)
         if head is None:
             return
         # All of it is still in the arena: what arrived and what did not, the standby will say.
@@ -383,16 +348,15 @@ class Protection:
         )
 
     def _acked(self, event: Acked, now: int, out: list[Instruction]) -> None:
-        head = self._head(event.epoch, event.part)
+        head = self._flights.on_wire(event.epoch, event.part)
         if head is None or not head.sent:
             return  # of an attempt that was abandoned
         head.acked = True
         if head.shipped:
-            self._land(head, now, out)
+            self._land(now, out)
 
-    def _land(self, head: Flight, now: int, out: list[Instruction]) -> None:
-        self._flights.popleft()
-        self._free.append(head.arena)
+    def _land(self, now: int, out: list[Instruction]) -> None:
+        head = self._flights.land()
         self._progress_ns = now
         if not head.final:
             out.append(KeepDirt(head.arena))
@@ -405,7 +369,7 @@ class Protection:
             self._enter(State.PROTECTED, "")
 
     def _lacking(self, event: Lacking, now: int, out: list[Instruction]) -> None:
-        head = self._head(event.epoch, event.part)
+        head = self._flights.on_wire(event.epoch, event.part)
         if head is None or not head.shipped or head.acked:
             return
         head.shipped = False
@@ -469,37 +433,33 @@ class Protection:
         self.state = state
         self.reason = reason
 
-    def _head(self, epoch: int, part: int) -> Flight | None:
-        """The flight on the wire, if it is that one; anything else is an echo of the past."""
-        head = self._flights[0] if self._flights else None
-        return head if head and (head.epoch, head.part) == (epoch, part) else None
-
     def _may_stage(self) -> bool:
-        if not (self._copying and self._standby_up and self._free):
-            return False
-        return self.state in (State.SYNCING, State.PROTECTED)
+        return (
+            self._copying
+            and self._standby_up
+            and self._flights.free_arena is not None
+            and self.state in (State.SYNCING, State.PROTECTED)
+        )
 
     def _stage(self, now: int, out: list[Instruction]) -> None:
         """Ask for the next part if its time has come; the driver performs it before the next event."""
-        if not self._may_stage():
+        arena = self._flights.free_arena
+        if arena is None or not self._may_stage():
             return
         if now < (self._not_before if self._live else self.pacer.next_start):
             return
-        arena = self._free[0]
         if self._live:
             out.append(LiveRound(arena, self.epoch, self.part))
             return
-        unreleased = sum(1 for flight in self._flights if flight.closed is not None)
         self.pacer.due(now)
-        out.append(Pause(arena, self.epoch, self.part, unreleased < self.policy.output_depth))
+        close = self._flights.unreleased < self.policy.output_depth
+        out.append(Pause(arena, self.epoch, self.part, close))
 
     def _ship_head(self, now: int, out: list[Instruction]) -> None:
-        if not self._flights or not self._standby_up:
+        head = self._flights.head
+        if head is None or head.sent or not self._standby_up:
             return
-        if self.state not in (State.SYNCING, State.PROTECTED):
-            return
-        head = self._flights[0]
-        if not head.sent:
+        if self.state in (State.SYNCING, State.PROTECTED):
             head.sent = True
             head.asked_ns = head.first_sent_ns = now
             out.append(Ship(head.arena, head.epoch, head.part, head.final))
@@ -539,7 +499,6 @@ class Protection:
     def _reset_flights(self) -> None:
         """After Abandon: what was in flight is pending again, and its epoch number is never used again."""
         self._flights.clear()
-        self._free = list(range(self.policy.arenas))
         self.epoch += 1
         self.part = 0
         self.live_pages = 0

@@ -25,6 +25,7 @@ from checkpointd.wire.messages import SEED_BYTES
 from . import events as e
 from . import protection as p
 from .epoch import EpochTaker
+from .policy import Policy
 from .shipping import Known, Session, Shipper
 from .watchdog import Watchdog
 
@@ -104,7 +105,7 @@ class PrimaryService:
         # Its dirty set cannot be larger than the guest.
         arena_pages = min(options.arena // ARENA_PAGE, info.nr_pfns)
         self._machine = p.Protection(
-            p.Policy(
+            Policy(
                 interval_ns=options.interval,
                 arenas=options.arenas,
                 arena_pages=arena_pages,

@@ -307,7 +307,9 @@ def test_a_cut_shorter_than_the_silence_resumes_the_session(pair: Pair) -> None:
             held = engine.epoch
             engine.gate.hold(lambda header: header.epoch == held and header.kind is Kind.PART_END)
         eventually(lambda: engine.gate.waiting, "an epoch held at its end")
-        frames = len(engine.service._taker.frames(engine.machine._flights[0].arena))
+        on_wire = engine.machine._flights.head
+        assert on_wire is not None
+        frames = len(engine.service._taker.frames(on_wire.arena))
         driver = standby.driver(guest)
         eventually(
             lambda: driver._assembler and len(driver._assembler._frames) == frames, "its frames"

@@ -133,7 +133,9 @@ def test_an_arena_free_at_the_ship_and_not_at_the_ack(
     def too_early(self: Protection, event: Shipped, now: int, out: list[Instruction]) -> None:
         shipped(self, event, now, out)
         if acks.lose:
-            self._free.append(self._flights[0].arena)
+            head = self._flights.head
+            assert head is not None
+            self._flights._free.append(head.arena)
 
     if planted:
         monkeypatch.setattr(Protection, "_shipped", too_early)
@@ -186,8 +188,7 @@ def test_dirt_dropped_after_a_failed_ship(
     guest, standby, engine = protect(pair, audit_pages=audit_pages)
 
     def landed(self: Protection, event: ShipFailed, now: int, out: list[Instruction]) -> None:
-        head = self._flights.popleft()
-        self._free.append(head.arena)
+        head = self._flights.land()
         out.append(Settle(head.arena, head.epoch))
 
     if planted:

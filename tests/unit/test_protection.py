@@ -18,13 +18,14 @@ from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
 from checkpointd.hypervisor.port import EndReason
 from checkpointd.primary import events as e
 from checkpointd.primary import protection as p
+from checkpointd.primary.policy import Policy
 
 MS = 1_000_000
 PAGES = 6
 ARENA_PAGES = 3
 
 
-BASE = p.Policy(
+BASE = Policy(
     interval_ns=100 * MS,
     arenas=2,
     arena_pages=ARENA_PAGES,
@@ -266,7 +267,7 @@ class Driver(RuleBasedStateMachine):
     @precondition(lambda self: self.standby_alive and not self.standby.retired)
     @rule()
     def standby_asks_again(self) -> None:
-        head = self.machine._flights[0] if self.machine._flights else None
+        head = self.machine._flights.head
         if head and self.wire is None and self.unreported is None and not self.acks:
             self.feed(e.Lacking(head.epoch, head.part, None))
 

@@ -1,0 +1,28 @@
+"""What the user decided about one domain's protection, and what its parts can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Times in nanoseconds."""
+
+    interval_ns: int
+    arenas: int
+    arena_pages: int
+    ram_pages: int
+    output_depth: int
+    run_without_standby: bool  # --standby-loss run
+    standby_timeout_ns: int
+    ack_timeout_ns: int
+    give_up_after_ns: int
+    max_live_rounds: int  # passes over the whole memory, in pages staged
+    # How long a standby may take to retire its replica before we leave with the output shut. It has to
+    # wait for its commit worker at most, which holds one epoch.
+    retire_timeout_ns: int = 5_000_000_000
+    # How often a question that got no answer is asked again: what waited in a connection that ended is lost.
+    ask_every_ns: int = 500_000_000
+    # How often it is looked whether a silent standby is gone by now; a look may hold the loop for a second.
+    look_every_ns: int = 5_000_000_000
