@@ -388,6 +388,9 @@ class Driver:
             return
         self._has_pages = True
         if load.final:
+            # One that came before was held during a fence, and void once its session was suspended.
+            if before := self._loads.pop(load.epoch, None):
+                self._release(before)
             self._loads[load.epoch] = load
         self.handle(ev.PartWhole(session, load.epoch, load.part, load.final))
 
