@@ -65,7 +65,7 @@ class State(StrEnum):
     ENGINE_LOST = "engine-lost"  # the host lives, the engine is gone: it may be started again
     FENCING = "fencing"  # the old guest is being stopped: there is no way back but its failure
     ACTIVATING = "activating"  # fenced: the term is being stored, then the guest started
-    ACTIVE = "active"  # the guest runs here (or was started here in an earlier life)
+    ACTIVE = "active"  # the guest was started here, in this life or an earlier one
     RETIRED = "retired"  # the replica is thrown away and will never be activated
     FAILED = "failed"  # fence, term or start failed: `reason` says why; tried again
 
@@ -182,7 +182,7 @@ class Standby:
             case GuestStarted():
                 if self.state is State.ACTIVATING:
                     self._fenced = self._term_taken = False  # done with
-                    self._enter(State.ACTIVE, f"the guest runs here as domain {event.domid}")
+                    self._enter(State.ACTIVE, f"the guest was started here as domain {event.domid}")
             case StartFailed():
                 if self.state is State.ACTIVATING:
                     text = f"fenced, but the guest could not be started: {event.text}"
