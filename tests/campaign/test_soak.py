@@ -129,5 +129,14 @@ def _report(watch: Watch, done: list[int], seconds: float, answered: int) -> str
         f"the rest to the second.\n\n"
         "| process | RSS then, KiB | at the end | growth | anonymous of it | growth "
         "| descriptors then | most | at the end | threads then | at the end |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n" + "".join(rows)
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n" + "".join(rows) + "\n"
+        "Anonymous memory after each tenth of the run, KiB: a leak climbs, a queue that was once long is a step.\n\n"
+        + "".join(
+            f"- {name}: {', '.join(str(sample.own_kib) for sample in _tenths(samples))}\n"
+            for name, samples in watch.samples.items()
+        )
     )
+
+
+def _tenths(samples: list[Vitals]) -> list[Vitals]:
+    return [samples[len(samples) * tenth // 10 - 1] for tenth in range(1, 11)]
