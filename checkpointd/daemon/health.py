@@ -121,7 +121,10 @@ def _verdict(reasons: list[str]) -> tuple[HTTPStatus, str, bytes]:
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Bounds what clients may take: `_since` has the open connections, the oldest first."""
+    """Bounds what clients may take: at most CONNECTIONS are open, and at most as many more are ending.
+
+    A new one takes the place of the oldest, and is served once no more than that are still ending.
+    """
 
     daemon_threads = True
     allow_reuse_address = True  # a restart finds its port again
@@ -129,8 +132,9 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, health: HealthServer, host: str, port: int) -> None:
         self.health = health
-        self._since: dict[socket.socket, float] = {}  # insertion order is age
-        self._lock = threading.Lock()
+        self._since: dict[socket.socket, float] = {}  # the open ones, the oldest first
+        self._ending: set[socket.socket] = set()  # hung up on, their threads not ended yet
+        self._changed = threading.Condition()
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -138,46 +142,47 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__(address, _Handler)  # type: ignore[arg-type] # IPv6 has more
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
+        with self._changed:
+            if len(self._since) >= CONNECTIONS:
+                self._evict(next(iter(self._since)))
             self._since[request] = time.monotonic()
-            crowd = len(self._since) - CONNECTIONS
-            oldest = next(iter(self._since))
-        if crowd > 0:
-            _hang_up(oldest)
-        if crowd > CONNECTIONS:  # they come faster than the evicted threads can end
+            # Threads that were hung up on end at once, but for a machine that is too busy to let them.
+            room = self._changed.wait_for(lambda: len(self._ending) <= CONNECTIONS, REQUEST_TIME)
+        if room:
+            super().process_request(request, client_address)
+        else:
             self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
 
     def service_actions(self) -> None:
         """Between requests: end connections that took too long."""
         limit = time.monotonic() - REQUEST_TIME
-        with self._lock:
-            late = [connection for connection, since in self._since.items() if since < limit]
-        for connection in late:
-            _hang_up(connection)
+        with self._changed:
+            for late in [connection for connection, since in self._since.items() if since < limit]:
+                self._evict(late)
 
     def shutdown_request(self, request: Any) -> None:
-        with self._lock:
+        with self._changed:
             self._since.pop(request, None)
+            self._ending.discard(request)
+            self._changed.notify()
         super().shutdown_request(request)
 
     def server_close(self) -> None:
         super().server_close()
-        with self._lock:
-            left = list(self._since)
-        for connection in left:
-            _hang_up(connection)
+        with self._changed:
+            for connection in list(self._since):
+                self._evict(connection)
+
+    def _evict(self, connection: socket.socket) -> None:
+        """Wake the thread that reads from it or writes to it; that thread then closes it. Under `_changed`."""
+        del self._since[connection]
+        self._ending.add(connection)
+        with suppress(OSError):  # it has hung up itself
+            connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news."""
         log.debug("HTTP request from %s failed", client_address, exc_info=True)
-
-
-def _hang_up(connection: socket.socket) -> None:
-    """Wake the thread that reads from or writes to it; that thread then closes it."""
-    with suppress(OSError):  # it has hung up itself
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

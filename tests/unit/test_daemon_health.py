@@ -6,6 +6,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,37 @@ def test_silent_clients_give_way(server: HealthServer) -> None:
         handlers = [thread for thread in threading.enumerate() if "process_request" in thread.name]
         assert len(handlers) <= 2 * health.CONNECTIONS
     finally:
+        for connection in silent:
+            connection.close()
+
+
+def test_a_scrape_waits_for_those_before_it_to_end(
+    server: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the threads of those who gave way take their time: the next one is not turned away."""
+    over, came = threading.Event(), threading.Semaphore(0)
+    handle = health._Handler.handle
+
+    def slowly(handler: health._Handler) -> None:
+        handle(handler)
+        assert over.wait(LONG)
+
+    def counted(*_: object) -> bool:
+        came.release()
+        return True
+
+    monkeypatch.setattr(health._Handler, "handle", slowly)
+    monkeypatch.setattr(health._Server, "verify_request", counted)
+    silent = [connect(server) for _ in range(2 * health.CONNECTIONS)]
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            scrape = pool.submit(get, server, "/livez")
+            for _ in range(len(silent) + 1):
+                assert came.acquire(timeout=LONG)
+            over.set()
+            assert scrape.result(LONG)[0] == 200
+    finally:
+        over.set()
         for connection in silent:
             connection.close()
 
