@@ -51,7 +51,7 @@ def _table(reports: Iterable[Report]) -> str:
     for report in reports:
         plan = report.plan
         cell = cells.setdefault((plan.point or "(random)", plan.victims_named), Counter())
-        cell.update(runs=1, activated=report.activated, failed=bool(report.wrong))
+        cell.update(runs=1, activated=int(report.activated), failed=int(bool(report.wrong)))
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = sorted({column for _, column in cells}, key=lambda text: (text.count("+"), text))
     lines = [
@@ -70,7 +70,8 @@ def _text(reports: list[Report], seed: int, took: float) -> str:
     failed = sum(bool(report.wrong) for report in reports)
     date = dt.datetime.now(dt.UTC).date()
     text = (
-        f"Commit {commit()}, {date}, seed {seed}: **{len(reports)} kills, {failed} failed**, in {took / 60:.0f} min; "
+        f"Commit {commit()}, {date}, seed {seed}: **{len(reports)} runs, {failed} failed**, in {took / 60:.0f} min; "
+        f"{sum(bool(report.plan.victims) for report in reports)} with kills at the point or moment, "
         f"{sum(report.activated for report in reports)} activations, "
         f"{sum(report.answers for report in reports)} answers seen by clients.\n"
         f"Machine: {machine()}.\n\nEach cell: runs/activations/failures.\n"

@@ -82,12 +82,7 @@ EPOCH_KILLS = (
     (ENGINE, True), (GUEST, True), (STANDBY, True), (MACHINE, True), (DAEMONS, True),
     (BOTH_COPIES, True), (ENGINE, False),
 )  # fmt: skip
-# What brings the activation about, what is killed in its middle, and whether the engine comes back meanwhile.
-ACTIVATION_KILLS = tuple(
-    (trigger, victims, False)
-    for victims in (STANDBY, STALL)
-    for trigger in (MACHINE, GUEST, ENGINE)
-)
+TRIGGERS = (MACHINE, GUEST, ENGINE)  # what brings an activation about
 # Where there is a host that waits for its guest, or runs it already.
 NEW_HOST_KILLS = {
     "secondary.before-start": (frozenset({NEW_HOST}), frozenset({NEW_HOST, SECONDARY})),
@@ -115,26 +110,26 @@ def activation(
 
 
 def matrix(seed: int, each: int) -> list[Plan]:
-    """Every point of every phase at least `each` times, spread over all that can be killed there."""
+    """At least `each` kills at every point of every phase, spread over all that can be killed there; and stalls."""
     plans = []
     for point in EPOCH_POINTS:
-        kills = (*EPOCH_KILLS, (STALL, True))
-        for n in range(max(each, len(kills))):
-            victims, returns = kills[n % len(kills)]
+        for n in range(each):
+            victims, returns = EPOCH_KILLS[n % len(EPOCH_KILLS)]
             plans.append(steady(point, victims, seed + n, returns=returns))
+        plans.append(steady(point, STALL, seed))
     for phase in (Phase.FIRST_COPY, Phase.SECOND_COPY):
         for point in COPY_POINTS:
-            for n in range(max(each, len(EPOCH_KILLS))):
+            for n in range(each):
                 victims, returns = EPOCH_KILLS[n % len(EPOCH_KILLS)]
                 plans.append(Plan(seed + n, phase, victims, point, returns=returns))
     for point in ACTIVATION_POINTS:
-        middle = [*ACTIVATION_KILLS]
-        middle += [(ENGINE, STALL, True)] * (point in BEFORE_FENCE)
+        kills = [(trigger, STANDBY) for trigger in TRIGGERS]
         for victims in NEW_HOST_KILLS.get(point, ()):
-            middle += [(MACHINE, victims, False), (ENGINE, victims, False)]
-        for n in range(max(each, len(middle))):
-            trigger, victims, returns = middle[n % len(middle)]
-            plans.append(activation(point, trigger, victims, seed + n, returns=returns))
+            kills += [(MACHINE, victims), (ENGINE, victims)]
+        plans += [activation(point, *kills[n % len(kills)], seed + n) for n in range(each)]
+        plans += [activation(point, trigger, STALL, seed) for trigger in TRIGGERS]
+        if point in BEFORE_FENCE:
+            plans.append(activation(point, ENGINE, STALL, seed, returns=True))
     return plans
 
 
