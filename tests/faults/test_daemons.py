@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 DOMID = 4
 PATIENCE = 60.0  # s; for an answer that a failure, and nothing else, keeps away
-QUICK = ("--silence", "500ms", "--engine-restart", "0s")
-SILENCE_NS = 500_000_000  # as in QUICK
+QUICK = ("--silence", "1s", "--engine-restart", "0s")
+SILENCE_NS = 1_000_000_000  # as in QUICK
 
 
 @dataclass
@@ -194,12 +194,12 @@ def test_a_secondary_that_was_frozen_blames_nobody(site: Site) -> None:
     """It slept longer than --silence. What it did not hear then is no silence of the primary: nothing is activated,
     and the session goes on.
     """
-    primary, secondary = site.protect("--standby-timeout", "1s")
+    primary, secondary = site.protect("--standby-timeout", "2s")
     session = status_of(site.rig, secondary)["domains"][0]["session"]
     secondary.catch_up()
     before = len(secondary.said)
     os.kill(secondary.pid, signal.SIGSTOP)
-    primary.state("holding")  # after 1 s: twice the silence
+    primary.state("holding")  # after 2 s: twice the silence
     said = primary.catch_up()
     os.kill(secondary.pid, signal.SIGCONT)
     primary.state("protected", since=said)

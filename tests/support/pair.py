@@ -246,7 +246,7 @@ class Standby:
             contexts = Contexts.make()
             stack.callback(contexts.close)
             chosen = {
-                "control_port": 0, "bulk_port": 0, "silence": 300 * MS, "engine_restart": 0,
+                "control_port": 0, "bulk_port": 0, "silence": 1000 * MS, "engine_restart": 0,
                 "metrics": Listen("127.0.0.1", 0), **options,
             }  # fmt: skip
             self.metrics = SecondaryMetrics(list(standby.State))
