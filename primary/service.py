@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from checkpointd.daemon.metrics import PrimaryMetrics
     from checkpointd.hypervisor.port import Domain, HostIdentity
     from checkpointd.native import Outcome
+    from checkpointd.output.port import OutputStats
     from checkpointd.wire.initiator import BulkLink, ControlLink
 
 
@@ -146,6 +147,8 @@ class PrimaryService:
         self._ship_ns = 0
         self._dirty = 0  # pages, of the last epoch
         self._output_read = 0.0
+        self._dropped = 0  # packets, ever
+        self._dropping = False  # at the last look
         # For status(), which must not look into memory that the loop's end frees.
         self._mapped_bytes = 0
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
@@ -182,6 +185,7 @@ class PrimaryService:
             "copied_pages": self._copied,
             "ram_pages": info.ram_pages,
             "output_shut": machine.output_shut,
+            "output_dropped": self._dropped,
             "standby_loss": self._options.standby_loss,
             "mapped_bytes": self._mapped_bytes,
             "secondary": str(self._options.secondary),
@@ -463,9 +467,23 @@ class PrimaryService:
             if machine.acked_epoch is not None:
                 self._metrics.lag(machine.epoch - 1 - (self._committed or machine.acked_epoch))
             try:
-                self._metrics.output(self._domain.output.stats())
+                self._watch_output(self._domain.output.stats())
             except CheckpointdError as error:
                 log.debug("output buffer not read: %s", error)
+
+    def _watch_output(self, stats: OutputStats) -> None:
+        self._metrics.output(stats)
+        dropped = stats.dropped_packets - self._dropped
+        self._dropped = stats.dropped_packets
+        if dropped > 0 and not self._dropping:
+            self._metrics.alarm()
+            log.error(
+                "the output buffer is full and has dropped %d packets: %d octets are held until their epoch is acked; "
+                "shorten --interval, or give the guest a larger buffer",
+                dropped,
+                stats.held_bytes,
+            )
+        self._dropping = dropped > 0
 
     def _give_back_frames(self) -> None:
         """What the guest has ballooned out; no epoch does it now."""

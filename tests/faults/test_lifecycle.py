@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import threading
@@ -18,6 +19,8 @@ from checkpointd import faults
 from checkpointd.errors import HypervisorError, ProtectionLostError
 from checkpointd.hypervisor.embedded import toolstack
 from checkpointd.hypervisor.embedded.lib import ENGINE_POINTS
+from checkpointd.output.port import OutputStats
+from checkpointd.primary import service
 from checkpointd.wire.frames import Kind
 
 if TYPE_CHECKING:
@@ -47,6 +50,26 @@ def protected(
     engine.wait("protected")
     engine.committed()
     return guest, standby, engine
+
+
+def test_dropped_output_is_an_alarm_once_for_each_burst(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "OUTPUT_STATS_EVERY", math.inf)  # only this test looks
+    guest, _, engine = protected(pair)
+
+    def alarms() -> float:
+        labels = {"domain": guest.info.name}
+        return engine.metrics.registry.get_sample_value("checkpointd_alarms_total", labels) or 0
+
+    before, raised = alarms(), []
+    with caplog.at_level("ERROR", "checkpointd"):
+        for dropped in (3, 5, 5, 6):  # a burst of two looks, a quiet one, another burst
+            engine.service._watch_output(OutputStats(9, 900, 1000, dropped, 0, shut=True))
+            raised.append(alarms() - before)
+    assert raised == [1, 1, 1, 2]
+    assert "dropped 3 packets" in caplog.text
+    assert engine.service.status()["output_dropped"] == 6
 
 
 def again(pair: Pair, guest: Guest, standby: Standby) -> None:
