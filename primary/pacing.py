@@ -13,12 +13,10 @@ class Pacer:
         self.interval_ns = interval_ns
         self.next_start = now
         self.late_ns = 0  # how much later than wanted the last epoch started (no arena was free)
-        self._start = now
 
     def due(self, now: int) -> None:
         """An epoch starts now."""
         self.late_ns = max(0, now - self.next_start)
-        self._start = now
         self.next_start = now + self.interval_ns
 
     def started(self, now: int) -> None:
