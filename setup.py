@@ -6,6 +6,7 @@ setup(
     cffi_modules=[
         "checkpointd/csrc/build_native.py:ffi",
         "checkpointd/hypervisor/embedded/csrc/build_embedded.py:ffi",
+        "checkpointd/hypervisor/xen/csrc/build_xen.py:ffi",
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

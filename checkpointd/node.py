@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from checkpointd import native
 from checkpointd.authority.processes import ProcessWatch
-from checkpointd.authority.terms import Role, TermStore
+from checkpointd.authority.terms import Role, TermRecord, TermStore, read_record
 from checkpointd.daemon import logs, systemd
 from checkpointd.daemon.health import HealthServer
 from checkpointd.daemon.roster import Registration
-from checkpointd.errors import HypervisorError, KeyFileError, NoSuchDomainError
-from checkpointd.hypervisor.port import EndReason
+from checkpointd.errors import KeyFileError, NoSuchDomainError
+from checkpointd.hypervisor.port import Contact, EndReason
+from checkpointd.hypervisor.xen.devices import Allowances
 from checkpointd.wire.keys import KeyStore, loopback_pair
 from checkpointd.wire.sockets import Contexts, Endpoint, is_loopback, raise_file_limit
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from checkpointd.daemon.config import CommonOptions, PrimaryOptions, SecondaryOptions
+    from checkpointd.daemon.metrics import PrimaryMetrics
     from checkpointd.hypervisor.port import Domain, DomainInfo, Hypervisor
-    from checkpointd.primary.service import Ending
+    from checkpointd.primary.recording import Recording
+    from checkpointd.primary.service import Ending, PrimaryService
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +42,24 @@ REBOOT_TIMEOUT = 60.0
 REBOOT_LOOK = 0.05  # s; between two looks, for there is no event to wait for
 
 
-def choose_hypervisor(wanted: str, run_dir: Path, namespace: str) -> Hypervisor:
-    """Xen where there is one, else embedded; `wanted` other than "auto" is a demand."""
+def choose_hypervisor(
+    wanted: str, run_dir: Path, namespace: str, allow: Allowances | None = None
+) -> Hypervisor:
+    """Xen where there is one, else embedded; `wanted` other than "auto" is a demand. `allow`: what the user allows
+    of a Xen guest in spite of its danger, None: nothing.
+    """
     if wanted == "auto":
-        wanted = "xen" if _is_dom0() else "embedded"
+        wanted = "xen" if is_dom0() else "embedded"
     if wanted == "xen":
-        raise HypervisorError(
-            "this release protects guests of the embedded hypervisor only, Xen's are to follow: "
-            "use --hypervisor embedded"
-        )
+        from checkpointd.hypervisor.xen.hypervisor import XenHypervisor
+
+        return XenHypervisor(run_dir, allow or Allowances(disk=False, output=False, untested=False))
     from checkpointd.hypervisor.embedded.hypervisor import EmbeddedHypervisor
 
     return EmbeddedHypervisor(namespace, run_dir)
 
 
-def _is_dom0() -> bool:
+def is_dom0() -> bool:
     try:
         return "control_d" in XEN_CAPABILITIES.read_text(encoding="ascii")
     except OSError:
@@ -125,10 +131,24 @@ def run_primary(
 ) -> int:
     """Protect a domain until it ends, or protection does; returns the exit code. A reboot is followed."""
     with ExitStack() as stack:
+        # Not at the end of each engine: a reboot is followed, and systemd would kill us soon after this word.
+        stack.callback(systemd.notify, systemd.STOPPING)
         writer = stack.enter_context(logs.started(options.log_level, options.log_format))
         native.self_test()
-        hypervisor = choose_hypervisor(options.hypervisor, options.run_dir, options.namespace)
+        allow = Allowances(
+            disk=options.unsafe_disk,
+            output=options.unsafe_output or options.to is not None,  # a recording holds no output
+            untested=options.unsafe_untested_xen,
+        )
+        hypervisor = choose_hypervisor(
+            options.hypervisor, options.run_dir, options.namespace, allow
+        )
         info = hypervisor.find(domid=options.domid, uuid=options.uuid)
+        if options.to is not None:
+            ending = _record(options, options.to, hypervisor, info, writer, on_progress)
+            log.log(logging.ERROR if ending.exit_code else logging.INFO, "%s", ending.text)
+            _settle(hypervisor, info, ending)
+            return ending.exit_code
         terms = TermStore(options.state_dir / "terms" / "primary" / info.uuid)
         stack.callback(terms.close)
         contexts = Contexts.make()
@@ -136,10 +156,21 @@ def run_primary(
         while True:
             ending = _protect(options, hypervisor, info, terms, contexts, writer, on_progress)
             log.log(logging.ERROR if ending.exit_code else logging.INFO, "%s", ending.text)
-            if ending.guest is not EndReason.REBOOT:
+            stopped = _settle(hypervisor, info, ending)
+            if ending.guest is not EndReason.REBOOT or stopped:
                 return ending.exit_code
             info = _after_reboot(hypervisor, info)
             log.info("the guest has rebooted: protecting it as domain %d", info.domid)
+
+
+def _settle(hypervisor: Hypervisor, info: DomainInfo, ending: Ending) -> bool:
+    """The toolstack's part of the guest's end. True: we were asked to stop meanwhile, which must not cut it short."""
+    stopped = threading.Event()
+    with _stopping(stopped.set):
+        hypervisor.settle(info, ending.guest)
+    if stopped.is_set():
+        log.warning("stopped, as asked: domain %d (%s) is not protected", info.domid, info.name)
+    return stopped.is_set()
 
 
 def _after_reboot(
@@ -173,14 +204,11 @@ def _protect(
     from checkpointd.primary.service import PrimaryService
     from checkpointd.wire.initiator import BulkLink, ControlLink
 
-    keys, endpoint = _initiator_keys(options)
+    keys, endpoint = initiator_keys(options)
     with ExitStack() as stack:
         domain: Domain = hypervisor.attach(info.domid)
         stack.callback(domain.close)
-        record = terms.load(info.uuid)
-        if record.term == 0:
-            terms.store(type(record)(info.uuid, 1, Role.PRIMARY, record.next_epoch))
-            record = terms.load(info.uuid)
+        record = _term_of(terms, options.state_dir, info)
         epochs = _Epochs(terms, info.uuid)
         metrics = PrimaryMetrics(info.name, list(State))
         metrics.follow_logs(lambda: writer.lost)
@@ -203,27 +231,79 @@ def _protect(
             bulk=BulkLink(contexts.bulk, endpoint, keys),
             watch=ProcessWatch,
             metrics=metrics,
+            introduce=lambda session: domain.tell_of_loss(
+                Contact(session, record.term, endpoint, keys)
+            ),
         )
-        service.on_progress = on_progress
-        service.on_state = lambda state: _say(systemd.status(state))
-        port = options.metrics.port
-        _serve_health(
-            stack,
-            options,
-            str(info.domid),
-            (options.metrics.host, port if port is not None else _auto_port(info.domid)),
-            role="primary",
-            domid=info.domid,
-            registry=metrics.registry,
-            ready=service.not_ready,
-            status=service.status,
-        )
-        stack.enter_context(_stopping(service.stop))
-        systemd.notify(systemd.READY, systemd.status("connecting"))
-        try:
-            return service.run()
-        finally:
-            systemd.notify(systemd.STOPPING)
+        return _run_engine(stack, options, info, service, metrics, on_progress)
+
+
+def _record(
+    options: PrimaryOptions,
+    path: Path,
+    hypervisor: Hypervisor,
+    info: DomainInfo,
+    writer: logs.Writer,
+    on_progress: Callable[[int, int], None] | None,
+) -> Ending:
+    """`--to`: no secondary, no term. A reboot ends it, for a stream is of one domain."""
+    from checkpointd.daemon.metrics import PrimaryMetrics
+    from checkpointd.primary.recording import Recording, RecordingFile, State
+
+    with ExitStack() as stack:
+        domain: Domain = hypervisor.attach(info.domid)
+        stack.callback(domain.close)
+        file = RecordingFile(path)
+        stack.callback(file.close)
+        metrics = PrimaryMetrics(info.name, list(State))
+        metrics.follow_logs(lambda: writer.lost)
+        recording = Recording(options, domain, file, metrics)
+        return _run_engine(stack, options, info, recording, metrics, on_progress)
+
+
+def _run_engine(
+    stack: ExitStack,
+    options: PrimaryOptions,
+    info: DomainInfo,
+    engine: PrimaryService | Recording,
+    metrics: PrimaryMetrics,
+    on_progress: Callable[[int, int], None] | None,
+) -> Ending:
+    """Until it ends, with all that a daemon has around it."""
+    engine.on_progress = on_progress
+    engine.on_state = lambda state: _say(systemd.status(state))
+    port = options.metrics.port
+    _serve_health(
+        stack,
+        options,
+        str(info.domid),
+        (options.metrics.host, port if port is not None else _auto_port(info.domid)),
+        role="primary",
+        domid=info.domid,
+        registry=metrics.registry,
+        ready=engine.not_ready,
+        status=engine.status,
+    )
+    stack.enter_context(_stopping(engine.stop))
+    systemd.notify(systemd.READY, systemd.status("connecting"))
+    return engine.run()
+
+
+def _term_of(terms: TermStore, state_dir: Path, info: DomainInfo) -> TermRecord:
+    """The term to protect `info` in, on stable storage. A guest that came here by an activation lives in the term of
+    that activation, which this machine's standby recorded. Only Xen is one hypervisor a machine, so that the guest
+    activated here and the one protected here are the same; an embedded secondary has its own namespace beside ours.
+    """
+    own = terms.load(info.uuid)
+    term, next_epoch = max(own.term, 1), own.next_epoch
+    if info.hypervisor == "xen":
+        activated = read_record(state_dir / "terms" / "secondary", info.uuid)
+        if activated.role is Role.SECONDARY_ACTIVE:
+            term, next_epoch = max(term, activated.term), max(next_epoch, activated.next_epoch)
+    record = TermRecord(info.uuid, term, Role.PRIMARY, next_epoch)
+    if record != own:
+        terms.store(record)
+    return record
 
 
 def _auto_port(domid: int) -> int:
@@ -232,7 +312,7 @@ def _auto_port(domid: int) -> int:
     return PRIMARY_METRICS_BASE + domid
 
 
-def _initiator_keys(options: PrimaryOptions) -> tuple[Any, Endpoint]:
+def initiator_keys(options: PrimaryOptions) -> tuple[Any, Endpoint]:
     address = options.secondary
     directory = options.state_dir / "keys"
     if is_loopback(address.host):
@@ -264,7 +344,10 @@ def run_secondary(options: SecondaryOptions) -> int:
         writer = stack.enter_context(logs.started(options.log_level, options.log_format))
         native.self_test()
         raise_file_limit()
-        hypervisor = choose_hypervisor(options.hypervisor, options.run_dir, options.namespace)
+        allow = Allowances(disk=False, output=False, untested=options.unsafe_untested_xen)
+        hypervisor = choose_hypervisor(
+            options.hypervisor, options.run_dir, options.namespace, allow
+        )
         terms = TermStore(options.state_dir / "terms" / "secondary")
         stack.callback(terms.close)
         contexts = Contexts.make()

@@ -26,7 +26,7 @@ class Frame:
 
     kind: Kind
     payload: memoryview
-    digest: bytes
+    digest: bytes  # b"" where nobody asks for it
 
 
 class EpochTaker:
@@ -44,12 +44,15 @@ class EpochTaker:
         audit_pages: int,
         suspend_timeout_ns: int,
         detect_zero: bool,
+        sealed: bool = True,
     ) -> None:
+        """`sealed`: frames are for the wire, and have digests."""
         self._table = table
         self._nr_pfns = nr_pfns
         self.key = key  # of the session; a new session sets another
         self._suspend_timeout_ns = suspend_timeout_ns
         self._detect_zero = detect_zero
+        self._with_digests = sealed
         self.mappings = native.Mappings(table, nr_pfns, mapping_budget)
         self.arenas = [
             native.Arena(arena_pages, nr_pfns, audit_pages=audit_pages) for _ in range(arenas)
@@ -62,8 +65,8 @@ class EpochTaker:
         self._round_cursor = 0
         self._audit_cursor = 0
 
-    def take(self, index: int, *, close_output: bool) -> Outcome:
-        """Pause the guest and stage all that is dirty into arena `index`."""
+    def take(self, index: int, *, close_output: bool, stay: bool = False) -> Outcome:
+        """Pause the guest and stage all that is dirty into arena `index`; with `stay` it stays suspended."""
         arena = self.arenas[index]
         self._sealed[index] = []
         outcome = native.pause(
@@ -76,6 +79,7 @@ class EpochTaker:
             audit_cursor=self._audit_cursor,
             suspend_timeout_ns=self._suspend_timeout_ns,
             close_output=close_output,
+            stay=stay,
             detect_zero=self._detect_zero,
         )
         if outcome.status == 0:
@@ -122,7 +126,10 @@ class EpochTaker:
         if final:
             contents.append((Kind.CONTEXT, arena.context))
             contents += [(Kind.AUDIT, arena.audit)] if len(arena.audit) else []
-        self._sealed[index] = [Frame(kind, view, self.key.digest(view)) for kind, view in contents]
+        self._sealed[index] = [
+            Frame(kind, view, self.key.digest(view) if self._with_digests else b"")
+            for kind, view in contents
+        ]
 
 
 def _slices(view: memoryview) -> list[memoryview]:

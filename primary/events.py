@@ -118,13 +118,21 @@ class GuestEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Unprotectable:
+    """The guest lives, and its hypervisor can hold the promise no longer, such as for a device that was attached."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """SIGTERM or SIGINT."""
 
 
 Event: TypeAlias = (
     Tick | Welcomed | Refused | KnownPages | Staged | Overflow | StageFailed | Shipped | ShipFailed | Acked
-    | Lacking | ReplicaRejected | Retired | StandbyGone | GuestEnded | StopAsked
+    | Lacking | ReplicaRejected | Retired | StandbyGone | GuestEnded | Unprotectable
+    | StopAsked
 )  # fmt: skip
 
 # ---------------------------------------------------------------- instructions
@@ -142,7 +150,12 @@ class NewSession:
 
 @dataclass(frozen=True, slots=True)
 class BeginAnew:
-    """Trust no dirty log: make every page pending. Always after Abandon, or at the very start."""
+    """Trust no dirty log: make every page pending. Always after Abandon, or at the very start.
+
+    `bare`: the standby has no page at all, so that it need not be told where the guest has none.
+    """
+
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +254,9 @@ class Alarm:
 class Finish:
     exit_code: int
     text: str
+    unanswered: SayRetire | SayEnd | None = (
+        None  # the last word, if the standby may yet hear it from somebody else
+    )
 
 
 Instruction: TypeAlias = (

@@ -1,9 +1,11 @@
-"""Parts that are staged and not yet acked, each in its arena."""
+"""Parts that are staged and not yet acked, each in its arena: what has become of each on its way. (Pure.)"""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+
+from .events import AskMissing, Ship
 
 
 @dataclass(slots=True)
@@ -37,11 +39,6 @@ class Flights:
     def head(self) -> Flight | None:
         return self._queue[0] if self._queue else None
 
-    def on_wire(self, epoch: int, part: int) -> Flight | None:
-        """The head, if it is that part; anything else is an echo of the past."""
-        head = self.head
-        return head if head and (head.epoch, head.part) == (epoch, part) else None
-
     @property
     def free_arena(self) -> int | None:
         return self._free[0] if self._free else None
@@ -55,6 +52,55 @@ class Flights:
         self._free.remove(flight.arena)
         self._queue.append(flight)
 
+    def ship(self, now: int) -> Ship | None:
+        """The head goes out, unless it is out already."""
+        head = self.head
+        if head is None or head.sent:
+            return None
+        head.sent = True
+        head.asked_ns = head.first_sent_ns = now
+        return Ship(head.arena, head.epoch, head.part, head.final)
+
+    def shipped(self, epoch: int, part: int, now: int) -> bool:
+        """ZeroMQ has let go of that part, with all of it sent or not; False: an echo of the past."""
+        head = self._on_wire(epoch, part)
+        if head is None:
+            return False
+        head.shipped = True
+        head.asked_ns = now
+        return True
+
+    def acked(self, epoch: int, part: int) -> bool:
+        """The standby has all of that part; False: an echo of the past, or of an attempt that was abandoned."""
+        head = self._on_wire(epoch, part)
+        if head is None or not head.sent:
+            return False
+        head.acked = True
+        return True
+
+    @property
+    def may_land(self) -> bool:
+        return self.head is not None and self.head.acked and self.head.shipped
+
+    def ask(self, now: int) -> AskMissing | None:
+        """The question what the standby lacks of the head."""
+        head = self.head
+        if head is None:
+            return None
+        head.asked_ns = now
+        return AskMissing(head.epoch, head.part)
+
+    def ship_again(
+        self, epoch: int, part: int, ranges: tuple[tuple[int, int], ...] | None, now: int
+    ) -> Ship | None:
+        """What the standby lacks of that part. None: an echo of the past; or it is on its way; or it has it all."""
+        head = self._on_wire(epoch, part)
+        if head is None or not head.shipped or head.acked:
+            return None
+        head.shipped = False
+        head.asked_ns = now
+        return Ship(head.arena, head.epoch, head.part, head.final, ranges)
+
     def land(self) -> Flight:
         """The head is acked and let go: its arena is free."""
         head = self._queue.popleft()
@@ -65,3 +111,8 @@ class Flights:
         """Everything was abandoned."""
         self._queue.clear()
         self._free = list(range(self._arenas))
+
+    def _on_wire(self, epoch: int, part: int) -> Flight | None:
+        """The head, if it is that part."""
+        head = self.head
+        return head if head and (head.epoch, head.part) == (epoch, part) else None

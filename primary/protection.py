@@ -28,45 +28,8 @@ from typing import TYPE_CHECKING
 from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
 from checkpointd.hypervisor.port import EndReason
 
-from .events import (
-    Abandon,
-    Acked,
-    Alarm,
-    AskMissing,
-    BeginAnew,
-    Event,
-    FetchKnown,
-    Finish,
-    GuestEnded,
-    Instruction,
-    KeepDirt,
-    KnownPages,
-    Lacking,
-    LiveRound,
-    NewSession,
-    OpenOutput,
-    Overflow,
-    Pause,
-    PauseGuest,
-    ProveStandbyGone,
-    Refused,
-    Release,
-    ReplicaRejected,
-    Retired,
-    SayEnd,
-    SayHello,
-    SayRetire,
-    Settle,
-    Ship,
-    ShipFailed,
-    Shipped,
-    Staged,
-    StageFailed,
-    StandbyGone,
-    StopAsked,
-    Tick,
-    Welcomed,
-)
+from . import events as e
+from .farewell import Farewell
 from .flights import Flight, Flights
 from .pacing import Pacer
 
@@ -111,12 +74,7 @@ class Protection:
         self._not_gone_told = False
         self._not_before = now  # of a live round, after one that failed
         self._hello_ns = now
-        self._ended: EndReason | None = None
-        # Of the state retiring: the word that waits for its answer, until when, and how the process ends then.
-        self._last_word: SayRetire | SayEnd | None = None
-        self._said_ns = now
-        self._retire_deadline = 0
-        self._exit: tuple[int, str] = (0, "")
+        self._farewell: Farewell | None = None  # of the state retiring
 
     # ------------------------------------------------------------ what the driver reads
 
@@ -132,53 +90,56 @@ class Protection:
 
     def deadline(self) -> int | None:
         """When (ns, the driver's clock) the next Tick is wanted at the latest."""
-        if self.state is State.RETIRING:
-            return self._retire_deadline
+        if self._farewell is not None:
+            return self._farewell.deadline
         if self._may_stage():
             return self._not_before if self._live else self.pacer.next_start
         return None
 
     # ------------------------------------------------------------ events
 
-    def handle(self, event: Event, now: int) -> list[Instruction]:
+    def handle(self, event: e.Event, now: int) -> list[e.Instruction]:
         if self.state is State.OVER:
             return []
-        out: list[Instruction] = []
+        out: list[e.Instruction] = []
         match event:
-            case Tick():
+            case e.Tick():
                 self._tick(event, now, out)
-            case Welcomed():
+            case e.Welcomed():
                 self._welcomed(event, now, out)
-            case Refused():
+            case e.Refused():
                 self._refused(event, out)
-            case KnownPages():
+            case e.KnownPages():
                 # Also while holding: they come once.
                 self._copying = self.state in (State.SYNCING, State.HOLDING)
-            case Staged():
+            case e.Staged():
                 self._staged(event, now, out)
-            case Overflow():
+            case e.Overflow():
                 self._overflow(event, now, out)
-            case StageFailed():
-                out.append(Alarm(f"epoch {self.epoch}: {event.where}; every dirty page is kept"))
+            case e.StageFailed():
+                out.append(e.Alarm(f"epoch {self.epoch}: {event.where}; every dirty page is kept"))
                 self.pacer.failed(now)
                 self._not_before = self.pacer.next_start
-            case Shipped():
+            case e.Shipped():
                 self._shipped(event, now, out)
-            case ShipFailed():
+            case e.ShipFailed():
                 self._ship_failed(event, now, out)
-            case Acked():
+            case e.Acked():
                 self._acked(event, now, out)
-            case Lacking():
+            case e.Lacking():
                 self._lacking(event, now, out)
-            case ReplicaRejected():
+            case e.ReplicaRejected():
                 self._rejected(event, now, out)
-            case Retired():
+            case e.Retired():
                 self._retired(out)
-            case StandbyGone():
+            case e.StandbyGone():
                 self._standby_gone(event, out)
-            case GuestEnded():
+            case e.GuestEnded():
                 self._guest_ended(event, now, out)
-            case StopAsked():
+            case e.Unprotectable(why):
+                if self.state is not State.RETIRING:
+                    self._give_up(why, now, out)
+            case e.StopAsked():
                 self._retire(
                     "stopped by its operator", 0, "stopped: the guest runs unprotected", now, out
                 )
@@ -186,18 +147,12 @@ class Protection:
         self._stage(now, out)
         return out
 
-    def _tick(self, event: Tick, now: int, out: list[Instruction]) -> None:
-        if self.state is State.RETIRING:
-            if now >= self._retire_deadline:
-                code, text = self._exit
-                unconfirmed = "; the secondary did not confirm that it retired its replica"
-                if self._ended is None:
-                    unconfirmed += (
-                        ", so the guest's output stays shut until a primary protects it again"
-                    )
-                self._finish(max(code, 1), text + unconfirmed, out)
-            elif self._last_word and now - self._said_ns > self.policy.ask_every_ns:
-                self._say(self._last_word, now, out)
+    def _tick(self, event: e.Tick, now: int, out: list[e.Instruction]) -> None:
+        if self._farewell is not None:
+            if now >= self._farewell.deadline:
+                self._finish(*self._farewell.unconfirmed(), out, self._farewell.unanswered)
+            elif self._farewell.due(now):
+                out.append(self._farewell.say(now))
             return
         silent_ns = now - event.heard_ns
         silent = silent_ns > self.policy.standby_timeout_ns
@@ -215,14 +170,13 @@ class Protection:
             and now - self._hello_ns > self.policy.ask_every_ns
         ):
             self._hello_ns = now
-            out.append(SayHello(resume=True))
+            out.append(e.SayHello(resume=True))
         head = self._flights.head
         if self._standby_up and head and head.shipped:
             if now - head.first_sent_ns > self.policy.ack_timeout_ns:
                 self._lose_standby(f"no ack of epoch {head.epoch} within the limit", now, out)
             elif now - head.asked_ns > self.policy.ask_every_ns:
-                head.asked_ns = now
-                out.append(AskMissing(head.epoch, head.part))
+                self._ask(now, out)
         if (
             self.state in (State.SYNCING, State.PROTECTED)
             and now - self._progress_ns > self.policy.give_up_after_ns
@@ -235,19 +189,20 @@ class Protection:
             and now - self._looked_ns > self.policy.look_every_ns
         ):
             self._looked_ns = now
-            out.append(ProveStandbyGone())
+            out.append(e.ProveStandbyGone())
 
-    def _welcomed(self, event: Welcomed, now: int, out: list[Instruction]) -> None:
+    def _welcomed(self, event: e.Welcomed, now: int, out: list[e.Instruction]) -> None:
         self._standby_up = True
         if self._silent_since is not None:
             # Nobody could make progress then. A welcome by itself is none.
             self._progress_ns += now - self._silent_since
             self._silent_since = None
-        if self.state is State.RETIRING:
+        if self._farewell is not None:
             if self._met and not event.same_standby:
-                self._last_word = None  # this one cannot speak for the one that had the replica
-            elif self._last_word:  # the first time it may have been lost with the connection
-                self._say(self._last_word, now, out)
+                self._farewell.answerable = False
+            elif self._farewell.answerable:
+                # The first time it may have been lost with the connection.
+                out.append(self._farewell.say(now))
             return
         self._met = True
         if self.state is not State.CONNECTING:
@@ -259,27 +214,26 @@ class Protection:
                 self._enter(State.PROTECTED if synced else State.SYNCING, "the secondary is back")
             head = self._flights.head
             if head and head.sent:
-                head.asked_ns = now
                 head.first_sent_ns = now
-                out.append(AskMissing(head.epoch, head.part))
+                self._ask(now, out)
             return
         self._progress_ns = now
         self.epoch = max(self.epoch, event.last_epoch)
-        self._begin_anew("copying all memory", out)
+        self._begin_anew("copying all memory", out, bare=not event.has_image)
         if event.has_image:
-            out.append(FetchKnown())
+            out.append(e.FetchKnown())
         else:
             self._copying = True
 
-    def _refused(self, event: Refused, out: list[Instruction]) -> None:
+    def _refused(self, event: e.Refused, out: list[e.Instruction]) -> None:
         if event.code in ("active", "term"):
-            out.append(PauseGuest())
+            out.append(e.PauseGuest())
             text = f"refused: {event.text}; the guest stays paused here, for the other side runs it"
         else:
             text = f"refused: {event.text}"
         self._finish(RefusedError.exit_code, text, out)
 
-    def _staged(self, event: Staged, now: int, out: list[Instruction]) -> None:
+    def _staged(self, event: e.Staged, now: int, out: list[e.Instruction]) -> None:
         self._progress_ns = now
         final = not self._live
         if final or event.pages:
@@ -289,7 +243,7 @@ class Protection:
         else:
             # Nothing to ship, yet the arena owns the dirt of the pages that the standby has already. No earlier
             # epoch is in flight that could settle it: a pause voids what is known (epoch.py).
-            out.append(KeepDirt(event.arena))
+            out.append(e.KeepDirt(event.arena))
         if final:
             if event.closed is not None:
                 self.output_shut = True
@@ -304,11 +258,11 @@ class Protection:
             fits = event.left <= self.policy.arena_pages // 2
             self._live = not (fits or self._rounds_used_up())
 
-    def _overflow(self, event: Overflow, now: int, out: list[Instruction]) -> None:
+    def _overflow(self, event: e.Overflow, now: int, out: list[e.Instruction]) -> None:
         self._progress_ns = now
         if not self._live and self.state is State.PROTECTED:
             out.append(
-                Alarm(
+                e.Alarm(
                     f"epoch {self.epoch}: {event.dirty} dirty pages do not fit an arena of {self.policy.arena_pages}; "
                     "copying while the guest runs, its output held"
                 )
@@ -325,64 +279,50 @@ class Protection:
     def _rounds_used_up(self) -> bool:
         return self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1)
 
-    def _shipped(self, event: Shipped, now: int, out: list[Instruction]) -> None:
-        head = self._flights.on_wire(event.epoch, event.part)
-        if head is None:
-            return
-        head.shipped = True
-        head.asked_ns = now
-        if head.acked:
+    def _shipped(self, event: e.Shipped, now: int, out: list[e.Instruction]) -> None:
+        if self._flights.shipped(event.epoch, event.part, now) and self._flights.may_land:
             self._land(now, out)
 
-    def _ship_failed(self, event: ShipFailed, now: int, out: list[Instruction]) -> None:
-        head = self._flights.on_wire(event.epoch, event.part)
-        if head is None:
-            return
+    def _ship_failed(self, event: e.ShipFailed, now: int, out: list[e.Instruction]) -> None:
         # All of it is still in the arena: what arrived and what did not, the standby will say.
-        head.shipped = True
-        head.asked_ns = now
-        out.append(
-            Alarm(
-                f"shipping epoch {event.epoch} was cut short: {event.why}; will ship what is missing"
-            )
-        )
+        if self._flights.shipped(event.epoch, event.part, now):
+            text = f"shipping epoch {event.epoch} was cut short: {event.why}; will ship what is missing"
+            out.append(e.Alarm(text))
 
-    def _acked(self, event: Acked, now: int, out: list[Instruction]) -> None:
-        head = self._flights.on_wire(event.epoch, event.part)
-        if head is None or not head.sent:
-            return  # of an attempt that was abandoned
-        head.acked = True
-        if head.shipped:
+    def _acked(self, event: e.Acked, now: int, out: list[e.Instruction]) -> None:
+        if self._flights.acked(event.epoch, event.part) and self._flights.may_land:
             self._land(now, out)
 
-    def _land(self, now: int, out: list[Instruction]) -> None:
+    def _land(self, now: int, out: list[e.Instruction]) -> None:
         head = self._flights.land()
         self._progress_ns = now
         if not head.final:
-            out.append(KeepDirt(head.arena))
+            out.append(e.KeepDirt(head.arena))
             return
-        out.append(Settle(head.arena, head.epoch))
+        out.append(e.Settle(head.arena, head.epoch))
         self.acked_epoch = head.epoch
         if head.closed is not None:
-            out.append(Release(head.closed))
+            out.append(e.Release(head.closed))
         if self.state is State.SYNCING:
             self._enter(State.PROTECTED, "")
 
-    def _lacking(self, event: Lacking, now: int, out: list[Instruction]) -> None:
-        head = self._flights.on_wire(event.epoch, event.part)
-        if head is None or not head.shipped or head.acked:
-            return
-        head.shipped = False
-        head.asked_ns = now
-        out.append(Ship(head.arena, head.epoch, head.part, head.final, event.ranges))
+    def _lacking(self, event: e.Lacking, now: int, out: list[e.Instruction]) -> None:
+        ship = self._flights.ship_again(event.epoch, event.part, event.ranges, now)
+        if ship is not None:
+            out.append(ship)
 
-    def _rejected(self, event: ReplicaRejected, now: int, out: list[Instruction]) -> None:
+    def _ask(self, now: int, out: list[e.Instruction]) -> None:
+        ask = self._flights.ask(now)
+        if ask is not None:
+            out.append(ask)
+
+    def _rejected(self, event: e.ReplicaRejected, now: int, out: list[e.Instruction]) -> None:
         # Connecting: the word is of a session that we have given up already. It may be of a new standby, and then
         # says nothing of the replica that the old one has.
         if self.state in (State.RETIRING, State.CONNECTING):
             return
         out.append(
-            Alarm(
+            e.Alarm(
                 f"the secondary retired its replica: {event.reason}; beginning again with a full copy"
             )
         )
@@ -390,32 +330,32 @@ class Protection:
         self._new_session("beginning again after a failed audit", out)
         self._progress_ns = now
 
-    def _retired(self, out: list[Instruction]) -> None:
-        if self.state is not State.RETIRING or self._last_word is None:
+    def _retired(self, out: list[e.Instruction]) -> None:
+        farewell = self._farewell
+        if farewell is None or not farewell.answerable:
             return
-        if self._ended is None:
+        if not farewell.guest_ended:
             self._open("the replica was retired", out)
-        self._finish(*self._exit, out)
+        self._finish(farewell.code, farewell.text, out)
 
-    def _standby_gone(self, event: StandbyGone, out: list[Instruction]) -> None:
+    def _standby_gone(self, event: e.StandbyGone, out: list[e.Instruction]) -> None:
         if self.state is not State.HOLDING or not self.policy.run_without_standby:
             return
         if not event.proved:
             if not self._not_gone_told:
                 out.append(
-                    Alarm(f"output stays shut: the secondary may still live ({event.detail})")
+                    e.Alarm(f"output stays shut: the secondary may still live ({event.detail})")
                 )
             self._not_gone_told = True
             return
-        out.append(Abandon())
+        out.append(e.Abandon())
         self._reset_flights()
         self._open(f"--standby-loss run, and {event.detail}", out)
         self._enter(State.UNPROTECTED, "the secondary is gone")
 
-    def _guest_ended(self, event: GuestEnded, now: int, out: list[Instruction]) -> None:
-        if self._ended is not None:
+    def _guest_ended(self, event: e.GuestEnded, now: int, out: list[e.Instruction]) -> None:
+        if self._farewell is not None and self._farewell.guest_ended:
             return
-        self._ended = event.reason
         if event.reason is EndReason.HOST_LOST:
             # Say nothing: silence is what lets the standby act.
             self._finish(HostLostError.exit_code, "the guest's host is gone", out)
@@ -423,9 +363,10 @@ class Protection:
         if self._nobody_has_it():
             self._finish(0, f"the guest has ended: {event.reason}", out)
             return
-        crashed = event.reason is EndReason.CRASH
-        self._exit = (1 if crashed else 0, f"the guest has ended: {event.reason}")
-        self._say_last(SayEnd(event.reason), str(event.reason), now, out)
+        code = 1 if event.reason is EndReason.CRASH else 0
+        text = f"the guest has ended: {event.reason}"
+        farewell = Farewell(e.SayEnd(event.reason), code, text, now, self.policy)
+        self._say_last(farewell, str(event.reason), out)
 
     # ------------------------------------------------------------ moves
 
@@ -441,7 +382,7 @@ class Protection:
             and self.state in (State.SYNCING, State.PROTECTED)
         )
 
-    def _stage(self, now: int, out: list[Instruction]) -> None:
+    def _stage(self, now: int, out: list[e.Instruction]) -> None:
         """Ask for the next part if its time has come; the driver performs it before the next event."""
         arena = self._flights.free_arena
         if arena is None or not self._may_stage():
@@ -449,20 +390,17 @@ class Protection:
         if now < (self._not_before if self._live else self.pacer.next_start):
             return
         if self._live:
-            out.append(LiveRound(arena, self.epoch, self.part))
+            out.append(e.LiveRound(arena, self.epoch, self.part))
             return
         self.pacer.due(now)
         close = self._flights.unreleased < self.policy.output_depth
-        out.append(Pause(arena, self.epoch, self.part, close))
+        out.append(e.Pause(arena, self.epoch, self.part, close))
 
-    def _ship_head(self, now: int, out: list[Instruction]) -> None:
-        head = self._flights.head
-        if head is None or head.sent or not self._standby_up:
-            return
-        if self.state in (State.SYNCING, State.PROTECTED):
-            head.sent = True
-            head.asked_ns = head.first_sent_ns = now
-            out.append(Ship(head.arena, head.epoch, head.part, head.final))
+    def _ship_head(self, now: int, out: list[e.Instruction]) -> None:
+        if self._standby_up and self.state in (State.SYNCING, State.PROTECTED):
+            ship = self._flights.ship(now)
+            if ship is not None:
+                out.append(ship)
 
     def _nobody_has_it(self) -> bool:
         """No standby can have a replica: it was proved gone, or none was ever acked by it (which shuts the output)."""
@@ -470,27 +408,29 @@ class Protection:
             self.state is State.CONNECTING and not self.output_shut
         )
 
-    def _lose_standby(self, why: str, now: int, out: list[Instruction]) -> None:
+    def _lose_standby(self, why: str, now: int, out: list[e.Instruction]) -> None:
         self._standby_up = False
         if self.state not in (State.SYNCING, State.PROTECTED):
             return
         self._enter(State.HOLDING, why)
-        out.append(Alarm(f"{why}; the guest runs on, its output held" if self.output_shut else why))
+        out.append(
+            e.Alarm(f"{why}; the guest runs on, its output held" if self.output_shut else why)
+        )
         if self.policy.run_without_standby:
             self._looked_ns = now
             self._not_gone_told = False
-            out.append(ProveStandbyGone())
+            out.append(e.ProveStandbyGone())
 
-    def _new_session(self, reason: str, out: list[Instruction]) -> None:
-        out.append(Abandon())
+    def _new_session(self, reason: str, out: list[e.Instruction]) -> None:
+        out.append(e.Abandon())
         self._reset_flights()
-        out.append(NewSession())
+        out.append(e.NewSession())
         self._copying = False
         self._enter(State.CONNECTING, reason)
 
-    def _begin_anew(self, reason: str, out: list[Instruction]) -> None:
-        out.append(Abandon())
-        out.append(BeginAnew())
+    def _begin_anew(self, reason: str, out: list[e.Instruction], *, bare: bool = False) -> None:
+        out.append(e.Abandon())
+        out.append(e.BeginAnew(bare))
         self._reset_flights()
         self.acked_epoch = None
         self._copying = False
@@ -504,38 +444,40 @@ class Protection:
         self.live_pages = 0
         self._live = True
 
-    def _open(self, why: str, out: list[Instruction]) -> None:
+    def _open(self, why: str, out: list[e.Instruction]) -> None:
         self.output_shut = False
-        out.append(OpenOutput(why))
+        out.append(e.OpenOutput(why))
 
-    def _give_up(self, why: str, now: int, out: list[Instruction]) -> None:
-        out.append(Alarm(f"protection is given up: {why}"))
+    def _give_up(self, why: str, now: int, out: list[e.Instruction]) -> None:
+        out.append(e.Alarm(f"protection is given up: {why}"))
         text = f"protection was given up: {why}"
         self._retire(why, ProtectionLostError.exit_code, text, now, out)
 
-    def _retire(self, reason: str, code: int, text: str, now: int, out: list[Instruction]) -> None:
+    def _retire(
+        self, reason: str, code: int, text: str, now: int, out: list[e.Instruction]
+    ) -> None:
         if self.state is State.RETIRING:
             return
         if self._nobody_has_it():
             self._finish(code, text, out)
             return
-        self._exit = (code, text)
-        self._say_last(SayRetire(reason), reason, now, out)
+        farewell = Farewell(e.SayRetire(reason), code, text, now, self.policy)
+        self._say_last(farewell, reason, out)
 
-    def _say_last(
-        self, word: SayRetire | SayEnd, reason: str, now: int, out: list[Instruction]
-    ) -> None:
-        out.append(Abandon())
+    def _say_last(self, farewell: Farewell, reason: str, out: list[e.Instruction]) -> None:
+        out.append(e.Abandon())
         self._reset_flights()
-        self._last_word = word
-        self._say(word, now, out)
-        self._retire_deadline = now + self.policy.retire_timeout_ns
+        self._farewell = farewell
+        out.append(farewell.word)
         self._enter(State.RETIRING, reason)
 
-    def _say(self, word: SayRetire | SayEnd, now: int, out: list[Instruction]) -> None:
-        self._said_ns = now
-        out.append(word)
-
-    def _finish(self, code: int, text: str, out: list[Instruction]) -> None:
+    def _finish(
+        self,
+        code: int,
+        text: str,
+        out: list[e.Instruction],
+        unanswered: e.SayRetire | e.SayEnd | None = None,
+    ) -> None:
+        self._farewell = None
         self._enter(State.OVER, text)
-        out.append(Finish(code, text))
+        out.append(e.Finish(code, text, unanswered))

@@ -25,6 +25,7 @@ from checkpointd.wire.messages import SEED_BYTES
 from . import events as e
 from . import protection as p
 from .epoch import EpochTaker
+from .figures import Figures
 from .policy import Policy
 from .shipping import Known, Session, Shipper
 from .watchdog import Watchdog
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from checkpointd.daemon.metrics import PrimaryMetrics
     from checkpointd.hypervisor.port import Domain, HostIdentity
     from checkpointd.native import Outcome
-    from checkpointd.output.port import OutputStats
     from checkpointd.wire.initiator import BulkLink, ControlLink
 
 
@@ -51,12 +51,13 @@ PART_SHARE = 64
 PART_TAIL = 2 << 20
 # s; an abandoned send ends within one slice of the shipper's waiting, and closing a socket with linger 0 at once.
 ABANDON_TIMEOUT = 30.0
-# Pauses kept for the quantiles in status: at 100 ms a minute and a half, at 25 ms a quarter of one.
-PAUSES_KEPT = 1000
 # s; how long finding the secondary's process gone may take: it is silent already, so either it is or it is not.
 GONE_TIMEOUT = 1.0
 # s; between two readings of the output buffer for the metrics: they cost a call to the host.
 OUTPUT_STATS_EVERY = 0.5
+# s; between two questions for frames that the guest gave back: it may want them again at once, and a balloon driver
+# that gets none waits a second.
+GIVE_BACK_EVERY = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,12 @@ class _Word:
 
     session: int
     message: messages.Message
+
+
+def _last_word(step: e.SayRetire | e.SayEnd) -> messages.Retire | messages.End:
+    if isinstance(step, e.SayRetire):
+        return messages.Retire(step.reason)
+    return messages.End(step.reason)
 
 
 class PrimaryService:
@@ -91,6 +98,7 @@ class PrimaryService:
         bulk: BulkLink,
         watch: Callable[[HostIdentity], Fence],
         metrics: PrimaryMetrics,
+        introduce: Callable[[int], object] = lambda session: None,
     ) -> None:
         self._options = options
         self._domain = domain
@@ -98,6 +106,7 @@ class PrimaryService:
         self._reserve = reserve
         self._watch = watch
         self._metrics = metrics
+        self._introduce = introduce  # gets each session before its first word goes out
         self._draw_session()
         self._events: queue.SimpleQueue[e.Event | Known | _Word | BaseException] = (
             queue.SimpleQueue()
@@ -140,17 +149,10 @@ class PrimaryService:
         self._log_on = False
         self._progress = 0
         self._ending: Ending | None = None
-        self._pauses: deque[int] = deque(maxlen=PAUSES_KEPT)
-        self._copied = 0  # pages of the first copy dealt with
-        self._committed: int | None = None
-        self._staged_at: dict[int, int] = {}
+        self._figures = Figures(metrics, info.ram_pages)
         self._ship_ns = 0
-        self._dirty = 0  # pages, of the last epoch
         self._output_read = 0.0
-        self._dropped = 0  # packets, ever
-        self._dropping = False  # at the last look
-        # For status(), which must not look into memory that the loop's end frees.
-        self._mapped_bytes = 0
+        self._frames_given_back = 0.0
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
         self.on_state: Callable[[str], object] | None = None
 
@@ -163,7 +165,6 @@ class PrimaryService:
     def status(self) -> dict[str, Any]:
         """A snapshot for people and programs; safe from any thread."""
         machine, info = self._machine, self._domain.info
-        pauses = sorted(self._pauses)
         return {
             "role": "primary",
             "uuid": info.uuid,
@@ -175,21 +176,18 @@ class PrimaryService:
             "term": self._term,
             "epoch": machine.epoch,
             "acked_epoch": machine.acked_epoch,
-            "committed_epoch": self._committed,
             "in_flight": machine.in_flight,
             "interval_ns": self._options.interval,
-            "pause_p50_ns": pauses[len(pauses) // 2] if pauses else None,
-            "pause_p99_ns": pauses[len(pauses) * 99 // 100] if pauses else None,
-            "dirty_pages": self._dirty,
+            **self._figures.status(),
             "sent_bytes": self._shipper.sent_bytes,
-            "copied_pages": self._copied,
-            "ram_pages": info.ram_pages,
             "output_shut": machine.output_shut,
-            "output_dropped": self._dropped,
             "standby_loss": self._options.standby_loss,
-            "mapped_bytes": self._mapped_bytes,
             "secondary": str(self._options.secondary),
-            "unsafe": [f"faults armed: {rule.point}" for rule in faults.armed()],
+            "unsafe": [
+                *self._options.unsafe,
+                *self._domain.unsafe,
+                *(f"faults armed: {rule.point}" for rule in faults.armed()),
+            ],
         }
 
     def not_ready(self) -> list[str]:
@@ -234,6 +232,8 @@ class PrimaryService:
             self._metrics.shipped(time.monotonic_ns() - self._ship_ns)
         if isinstance(event, Known):
             self._taker.known = event.digests
+            if event.digests is not None:
+                self._taker.mappings.replica_has(event.digests)
             event = e.KnownPages()
         self._progress += 1
         said = self._understand(event) if isinstance(event, _Word) else event
@@ -242,6 +242,8 @@ class PrimaryService:
         ended = self._domain.ended() if self._ending is None else None
         if ended is not None:
             self._handle(e.GuestEnded(ended))
+        elif self._ending is None and (trouble := self._domain.trouble):
+            self._handle(e.Unprotectable(trouble))
         self._observe()
 
     def _handle(self, event: e.Event) -> None:
@@ -280,9 +282,7 @@ class PrimaryService:
                 self._taker.dirty.keep(arena)
             case e.Settle(arena, epoch):
                 self._taker.dirty.settle(arena)
-                self._metrics.acked(
-                    epoch, time.monotonic_ns() - self._staged_at.pop(epoch, time.monotonic_ns())
-                )
+                self._figures.acked(epoch)
             case e.Release(closed):
                 faults.point("primary.before-release")
                 self._domain.output.release(closed)
@@ -293,15 +293,13 @@ class PrimaryService:
                         "the shipping thread is stuck; ending, so that no arena is overwritten"
                     )
                 self._taker.dirty.give_back()
-                for _ in self._staged_at:
-                    self._metrics.abandoned()
-                self._staged_at.clear()
+                self._figures.abandoned()
             case e.NewSession():
                 self._draw_session()
                 self._taker.key = self._session.key
                 self._control.hello(self._hello())
-            case e.BeginAnew():
-                self._begin_anew()
+            case e.BeginAnew(bare):
+                self._begin_anew(bare=bare)
             case e.FetchKnown():
                 self._shipper.fetch_known(self._session, self._domain.info.nr_pfns)
             case e.OpenOutput(why):
@@ -311,10 +309,8 @@ class PrimaryService:
                 self._control.hello(self._hello(resume=resume))
             case e.AskMissing(epoch, part):
                 self._control.send(messages.Query(epoch, part))
-            case e.SayRetire(reason):
-                self._control.send(messages.Retire(reason))
-            case e.SayEnd(end):
-                self._control.send(messages.End(end))
+            case e.SayRetire() | e.SayEnd():
+                self._control.send(_last_word(step))
             case e.ProveStandbyGone():
                 return self._prove_gone()
             case e.PauseGuest():
@@ -322,7 +318,9 @@ class PrimaryService:
             case e.Alarm(text):
                 log.error("%s", text)
                 self._metrics.alarm()
-            case e.Finish(code, text):
+            case e.Finish(code, text, unanswered):
+                if unanswered is not None:
+                    self._domain.leave_word(_last_word(unanswered))
                 self._ending = Ending(code, text, self._domain.ended())
         return None
 
@@ -332,29 +330,29 @@ class PrimaryService:
         self._seed = secrets.token_bytes(SEED_BYTES)
         number = secrets.randbits(64) or 1  # 0 means none
         self._session = Session(number, self._term, DigestKey(self._seed))
+        self._introduce(number)
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, *, bare: bool) -> None:
         if not self._log_on:
             self._domain.enable_log()
             self._log_on = True
         self._taker.dirty.begin_anew()
         self._taker.known = None
-        self._copied = 0
+        if bare:
+            self._taker.mappings.replica_has(None)
+        self._figures.copied = 0
 
     def _pause(self, arena: int, epoch: int, *, close_output: bool) -> e.Event:
         faults.point("primary.before-pause")
         outcome = self._taker.take(arena, close_output=close_output)
-        self._metrics.paused(outcome)
-        self._dirty = outcome.dirty
-        if outcome.pause_ns:
-            self._pauses.append(outcome.pause_ns)
+        self._figures.paused(outcome)
         if outcome.resume_status not in (0, -errno.EHOSTDOWN, -errno.ESHUTDOWN):
             # Our death makes the host resume it, with its output shut: invariant 5.
             raise HypervisorError(f"ending, since the guest could not be resumed: {outcome.fault}")
         if outcome.status:
             return self._failed(outcome)
         faults.point("primary.after-pause")
-        self._staged_at[epoch] = time.monotonic_ns()
+        self._figures.staged(epoch)
         pages = outcome.pages + outcome.zeros + outcome.gone
         return e.Staged(
             arena, pages, outcome.remaining, outcome.closed_output if close_output else None
@@ -365,13 +363,9 @@ class PrimaryService:
         outcome = self._taker.live_round(arena)
         if outcome.status:
             return self._failed(outcome)
-        self._metrics.live_round(outcome)
-        self._copied = min(
-            self._copied + outcome.pages + outcome.zeros + outcome.known,
-            self._domain.info.ram_pages,
-        )
+        self._figures.live_round(outcome)
         if self.on_progress:
-            self.on_progress(self._copied, self._domain.info.ram_pages)
+            self.on_progress(self._figures.copied, self._domain.info.ram_pages)
         return e.Staged(arena, outcome.pages + outcome.zeros + outcome.gone, outcome.remaining)
 
     def _failed(self, outcome: Outcome) -> e.Event:
@@ -427,8 +421,7 @@ class PrimaryService:
             case messages.Retired():
                 return e.Retired()
             case messages.Committed():
-                self._committed = message.epoch
-                self._metrics.committed(message.epoch, message.commit_ns)
+                self._figures.has_committed(message.epoch, message.commit_ns)
         return None
 
     def _welcomed(self, message: messages.Welcome) -> e.Event:
@@ -456,41 +449,26 @@ class PrimaryService:
         machine = self._machine
         self._control.progress(machine.epoch, _PHASES[machine.state], self._progress)
         now = time.monotonic()
+        if now - self._frames_given_back >= GIVE_BACK_EVERY:
+            self._frames_given_back = now
+            self._give_back_frames()
         if now - self._output_read >= OUTPUT_STATS_EVERY and self._ending is None:
             self._output_read = now
-            if machine.state is not p.State.PROTECTED:
-                self._give_back_frames()
-            stats = self._taker.mappings.stats()
-            self._mapped_bytes = stats.mapped_bytes
-            self._metrics.mappings(stats)
+            self._figures.mappings(self._taker.mappings.stats())
             self._metrics.peer_connected(machine.standby_up)
-            if machine.acked_epoch is not None:
-                self._metrics.lag(machine.epoch - 1 - (self._committed or machine.acked_epoch))
+            self._figures.lag(machine.epoch, machine.acked_epoch)
             try:
-                self._watch_output(self._domain.output.stats())
+                self._figures.output(self._domain.output.stats())
             except CheckpointdError as error:
                 log.debug("output buffer not read: %s", error)
 
-    def _watch_output(self, stats: OutputStats) -> None:
-        self._metrics.output(stats)
-        dropped = stats.dropped_packets - self._dropped
-        self._dropped = stats.dropped_packets
-        if dropped > 0 and not self._dropping:
-            self._metrics.alarm()
-            log.error(
-                "the output buffer is full and has dropped %d packets: %d octets are held until their epoch is acked; "
-                "shorten --interval, or give the guest a larger buffer",
-                dropped,
-                stats.held_bytes,
-            )
-        self._dropping = dropped > 0
-
     def _give_back_frames(self) -> None:
-        """What the guest has ballooned out; no epoch does it now."""
+        """What the guest has ballooned out: as long as we map them, frames count as the guest's, and it cannot grow."""
         try:
             self._taker.mappings.refresh()
         except HypervisorError as error:
             # Nothing is lost: what could not be told counts as changed, and what could not be unmapped is not used.
+            self._metrics.failed()
             log.warning("mappings stay as they are for now: %s", error)
 
     def _close(self) -> None:

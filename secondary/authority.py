@@ -27,7 +27,7 @@ class Authority:
         self,
         uuid: str,
         terms: TermStore,
-        make_fence: Callable[[DomainInfo], Fence],
+        make_fence: Callable[[DomainInfo, str], Fence],
         fence_timeout: float,
         clock: Callable[[], int],
     ) -> None:
@@ -40,11 +40,11 @@ class Authority:
         self._fence: Fence | None = None
         self._why_none = "no session has begun"
 
-    def begin(self, info: DomainInfo) -> str:
+    def begin(self, info: DomainInfo, address: str) -> str:
         """A session begins: make the fence while the other side lives. Why it could not be, or ""."""
         self.close()
         try:
-            self._fence = self._make_fence(info)
+            self._fence = self._make_fence(info, address)
         except (CheckpointdError, OSError) as error:
             self._why_none = f"the guest's host cannot be fenced: {error}"
             return self._why_none

@@ -8,6 +8,7 @@ terms), so that neither a long commit nor a slow fence keeps a heartbeat from be
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
@@ -88,7 +89,7 @@ class Surroundings:
     limits: Limits
     budget: Budget
     terms: TermStore
-    make_fence: Callable[[DomainInfo], Fence]
+    make_fence: Callable[[DomainInfo, str], Fence]  # the guest, and its primary's address
     identity: HostIdentity  # of this daemon
     clock: Callable[[], int]  # monotonic, ns
     image_exists: Callable[[str], bool]  # an image file of this UUID, of an earlier life
@@ -131,7 +132,9 @@ class Driver:
         self._digests: DigestAnswer | None = None  # under way
         self._discarded = 0
         self._alarm = ""
+        self._no_fence = ""  # why the session's guest could not be fenced, if that is known already
         self._cause = "silence"  # of an activation, for the metrics
+        self._end_put_off: set[State] = set()  # told, while the process was to end
         self._metrics.state(str(self.machine.state))
 
     # ------------------------------------------------------------ from the wire
@@ -157,11 +160,16 @@ class Driver:
             ev.HelloReceived(hello.session, hello.term, hello.resume, guest_here, same_guest)
         )
 
-    def control(self, message: messages.Message) -> None:
+    def control(self, peer: Peer, message: messages.Message) -> None:
         """A word of the current session."""
         session = self.machine.session
         assert session is not None, "the service looks sessions up"
         self._hear()
+        if isinstance(message, messages.EngineLost):
+            self.peer = peer  # the engine's own connection is dead: the watcher is answered
+            detail = f"the guest is {message.guest}; {message.detail}"
+            self.handle(ev.EngineLostHeard(session, detail, self._around.clock()))
+            return
         self.handle(ev.Heard(session))
         match message:
             case messages.Heartbeat():
@@ -173,6 +181,7 @@ class Driver:
             case messages.Retire(reason):
                 self.handle(ev.RetireReceived(session, reason))
             case messages.End(reason):
+                self.peer = peer  # the engine says it, or its watcher
                 self.handle(ev.EndReceived(session, reason))
 
     def bulk(self, peer: Peer, header: Header, payload: Octets) -> None:
@@ -208,7 +217,7 @@ class Driver:
         if self._detector:
             silent_ns = self._detector.tick(now_ns)
             stuck_ns = self._detector.stuck_for(now_ns)
-            if stuck_ns:
+            if stuck_ns and self.machine.state is not State.ENGINE_LOST:
                 self._raise_alarm(
                     f"the primary is alive and has done nothing for {stuck_ns // 1_000_000} ms"
                 )
@@ -261,6 +270,9 @@ class Driver:
             case ev.SendRetired():
                 assert self.machine.session is not None, "a Retire is of a session"
                 self._send(messages.Retired(self.machine.session))
+            case ev.SendEngineLostHeard():
+                assert self.machine.session is not None, "it is of a session"
+                self._send(messages.EngineLostHeard(self.machine.session))
             case ev.Commit(epoch):
                 self._commit(self._loads.pop(epoch))
             case ev.DropReplica(_, keep_pages):
@@ -302,9 +314,13 @@ class Driver:
         limits = self._around.limits
         self._detector = Detector(limits.silence_ns, limits.stuck_ns, limits.tick_ns, now)
         self._replica_jobs.do(lambda: self._worker.begin(hello), nothing)
-        self._authority_jobs.do(lambda: self._authority.begin(hello.info), self._no_fence)
+        address = self.peer.address
+        self._authority_jobs.do(
+            lambda: self._authority.begin(hello.info, address), self._fence_made
+        )
 
-    def _no_fence(self, why: str) -> None:
+    def _fence_made(self, why: str) -> None:
+        self._no_fence = why
         if why:
             self._raise_alarm(why)
 
@@ -427,7 +443,7 @@ class Driver:
             if self._assembler:
                 self._assembler.discard()
             self._has_pages = False
-            self._prepared = False
+        self._prepared = False
         self._replica_jobs.do(lambda: self._worker.drop(keep_pages=keep_pages), nothing)
 
     def _release_loads(self) -> None:
@@ -458,10 +474,28 @@ class Driver:
 
     # ------------------------------------------------------------ life
 
-    @property
-    def deciding(self) -> bool:
-        """A fence or an activation is under way: not a moment to end."""
-        return self.machine.state in (State.FENCING, State.ACTIVATING)
+    def may_end(self) -> bool:
+        """Whether the process may end now, for all that this domain knows. Why not is logged, once for each reason."""
+        machine = self.machine
+        if not machine.owes_guest:
+            return True
+        if machine.state not in self._end_put_off:
+            self._end_put_off.add(machine.state)
+            why = {
+                State.FENCING: "its old guest is being stopped",
+                State.ACTIVATING: f"it is being started from epoch {machine.committed}",
+            }.get(
+                machine.state,
+                f"its old guest is stopped, and epoch {machine.committed} is here alone; "
+                f"mend this, and it is started within a second: {machine.reason}",
+            )
+            log.error(
+                "%s: not ending yet: %s. To give this guest up for good: `kill -KILL %d`",
+                self.uuid,
+                why,
+                os.getpid(),
+            )
+        return False
 
     def close(self) -> None:
         """After the acceptor has ended. Waits for both threads."""
@@ -490,5 +524,7 @@ class Driver:
             "ram_pages": info.ram_pages if info else None,
             "silent_ns": detector.silent_for(self._around.clock()) if detector else None,
             "stalls": detector.stalls if detector else 0,
+            "no_fence": self._no_fence or None,
             "alarm": self._alarm or None,
+            "warm": self._worker.warm(),
         }

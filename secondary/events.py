@@ -132,6 +132,15 @@ class EndReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLostHeard:
+    """The watcher of the primary's host says that the session's engine is gone. Its word is a sign of life, too."""
+
+    session: int
+    detail: str
+    now_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProtocolFault:
     """A frame of this session was malformed."""
 
@@ -151,7 +160,7 @@ Event = (
     HelloReceived | PartWhole | CommitDone | CommitFailed | Heard | Queried | EpochGivenUp | Tick | ProbeDone
     | FenceDone
     | TermStored | TermFailed | GuestStarted | StartFailed | RetireReceived | EndReceived
-    | ProtocolFault | MemoryShort
+    | ProtocolFault | MemoryShort | EngineLostHeard
 )  # fmt: skip
 
 # ---------------------------------------------------------------- instructions
@@ -203,6 +212,11 @@ class SendRetired:
 
 
 @dataclass(frozen=True, slots=True)
+class SendEngineLostHeard:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     epoch: int
 
@@ -249,6 +263,6 @@ class Alarm:
 
 Instruction = (
     BeginSession | SendWelcome | SendRefused | SendAck | SendCommitted | SendFullCopyWanted
-    | SendRetired | Commit | DropReplica | SuspendSession | Probe | Fence | StoreTerm | StartGuest
-    | Alarm
+    | SendRetired | SendEngineLostHeard | Commit | DropReplica | SuspendSession | Probe | Fence
+    | StoreTerm | StartGuest | Alarm
 )  # fmt: skip

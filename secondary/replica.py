@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import threading
 from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING
 from checkpointd import faults, native
 from checkpointd.errors import StateError
 from checkpointd.hypervisor.port import EXTENT_PAGES, PAGE_SIZE
+from checkpointd.stream.bodies import page_data_head
+from checkpointd.stream.records import TYPE_SHIFT, PageType, RecordType
+from checkpointd.stream.writer import record_header
 
 from . import scrub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from checkpointd.wire.frames import Octets
@@ -89,6 +93,13 @@ class _Overlay:
             native.drop_pages(image, self._nr_pfns, populated, words)
         native.merge(image, self._memory.address, self._nr_pfns, self._pages, populated)
 
+    def add_to(self, changed: native.Bitmap) -> None:
+        """What merge() changes."""
+        changed.update(self._pages)
+        for words in self._gone:
+            for word in _words(words):
+                changed.add(word & PFN_MASK)
+
     def close(self) -> None:
         self._memory.close()
         self._budget.give_back(self._taken)
@@ -104,6 +115,10 @@ class Replica:
 
     Invariant 1, the commit's half: admit() reserves every octet that commit() will write, so
     that nothing is left that could fail.
+
+    A second thread may follow the committed epochs from the image: it sets `changed` to an empty bitmap,
+    which then gains the pages of each commit, and reads pages whenever it likes. Under `lock` no commit is
+    under way; if then nothing is in `changed`, what it has read is the committed epoch, whole.
     """
 
     def __init__(
@@ -117,6 +132,8 @@ class Replica:
         self.state = State.COPYING
         self.epoch: int | None = None
         self.context = b""
+        self.lock = threading.Lock()
+        self.changed: native.Bitmap | None = None
         self._uuid = uuid
         self._budget = budget
         self._overlay: _Overlay | None = None
@@ -182,16 +199,27 @@ class Replica:
             raise StateError(
                 f"epoch {load.epoch} would be mixed with parts of epoch {self._live_epoch}"
             )
-        self.state = State.TORN
-        if self._overlay:
-            self._overlay.merge(self._memory.address, self.populated)
-        faults.point("secondary.mid-commit")
-        _apply(load, self._memory.address, self.nr_pfns, self.populated)
-        self.context = load.context
-        self.epoch = load.epoch
-        self.state = State.WHOLE
+        with self.lock:
+            self.state = State.TORN
+            if self._overlay:
+                self._overlay.merge(self._memory.address, self.populated)
+            faults.point("secondary.mid-commit")
+            _apply(load, self._memory.address, self.nr_pfns, self.populated)
+            self.context = load.context
+            self.epoch = load.epoch
+            self._note_changes(load)
+            self.state = State.WHOLE
         self.forget_live()
         return scrub.audit(load.audit, self._memory.address, self.populated, key)
+
+    def _note_changes(self, load: Load) -> None:
+        if self.changed is None:
+            return
+        if self._overlay:
+            self._overlay.add_to(self.changed)
+        for words in (*_words_with_memory(load), *map(_words, load.gone)):
+            for word in words:
+                self.changed.add(word & PFN_MASK)
 
     def forget_live(self) -> None:
         """Drop the live parts of an epoch that will not be whole."""
@@ -229,6 +257,17 @@ class Replica:
                     with image[at * PAGE_SIZE : end * PAGE_SIZE] as contents:
                         yield list(range(at, end)), contents
 
+    def page_data(self, pfns: Sequence[int]) -> bytes:
+        """A PAGE_DATA record of these pages as they are now; beside a commit, they may be torn."""
+        head = page_data_head(pfns)
+        octets = len(head) + len(pfns) * PAGE_SIZE
+        with memoryview(self._memory.map) as image:
+            pages = [image[pfn * PAGE_SIZE : (pfn + 1) * PAGE_SIZE] for pfn in pfns]
+            data = b"".join((record_header(RecordType.PAGE_DATA, octets), head, *pages))
+            for page in pages:
+                page.release()
+        return data
+
     def close(self, *, remove: bool = False) -> None:
         """Let go of the image. A file stays for its digests unless `remove`. Idempotent."""
         if self._memory.map.closed:
@@ -263,6 +302,7 @@ class Replica:
             (word & PFN_MASK) // EXTENT_PAGES
             for words in _words_with_memory(load)
             for word in words
+            if word >> TYPE_SHIFT < PageType.BROKEN  # a hole in a record takes no memory
         }
         for extent in sorted(extents - self._reserved):
             offset = extent * EXTENT_BYTES
@@ -349,7 +389,11 @@ def _words_with_memory(load: Load) -> Iterator[memoryview]:
     for record in load.pages:
         yield _record_words(record)
     for words in load.zero:
-        yield memoryview(words).cast("B").cast("Q")
+        yield _words(words)
+
+
+def _words(words: Octets) -> memoryview:
+    return memoryview(words).cast("B").cast("Q")
 
 
 def _pages_of(load: Load) -> int:

@@ -13,8 +13,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from checkpointd import faults
+from checkpointd.authority.command import CommandFence
 from checkpointd.authority.fence import NoFence
-from checkpointd.authority.processes import identify
+from checkpointd.authority.processes import boot_id, identify
 from checkpointd.authority.terms import Role
 from checkpointd.errors import CheckpointdError, FenceError, StateError
 from checkpointd.hypervisor.embedded.fence import EmbeddedFence
@@ -22,10 +23,12 @@ from checkpointd.hypervisor.port import PAGE_SIZE
 from checkpointd.wire import messages
 from checkpointd.wire.acceptor import Acceptor
 
+from . import preflight
 from .driver import Driver, Limits, Surroundings
 from .epochs import Budget
 from .keep import ImageKeeper
 from .restorers.image import ImageRestorer
+from .restorers.xl import XlRestorer
 from .standby import State
 from .worker import ReplicaWorker
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from checkpointd.authority.terms import TermRecord, TermStore
     from checkpointd.daemon.config import SecondaryOptions
     from checkpointd.hypervisor.port import DomainInfo, Hypervisor
+    from checkpointd.hypervisor.xen.incoming import Domains
     from checkpointd.wire.acceptor import Peer
     from checkpointd.wire.frames import FrameError, Header
     from checkpointd.wire.keys import KeyStore
@@ -45,15 +49,18 @@ if TYPE_CHECKING:
     from checkpointd.wire.sockets import Contexts
 
     from .driver import DomainMetrics
+    from .restorers import Restorer
 
 log = logging.getLogger(__name__)
 
 # Guests that one daemon stands by for. A trusted peer that makes up UUIDs meets this, and a real machine
 # has not the memory for so many replicas.
 MAX_DOMAINS = 1024
-# A p2m has holes, so it may be larger than the memory behind it; a replica larger than this many
-# times the machine's memory could not be activated here anyway.
-P2M_PER_MEMORY = 4
+# A p2m has holes (that of a small PVH guest covers 4 GiB), and an image is sparse, so only bitmaps grow with it:
+# this many octets of memory for each pfn let six of them take a sixteenth of the machine's memory.
+MEMORY_PER_PFN = 12
+# So ends the name of a domain that xl is still building (libxl): it is a replica, not the guest.
+INCOMING = "--incoming"
 # ns; the detector is asked this often, or ten times within the silence that it looks for.
 TICK_NS = 50_000_000
 TICKS_IN_SILENCE = 10
@@ -84,7 +91,7 @@ class SecondaryService:
         keys: KeyStore,
         terms: TermStore,
         metrics: Metrics,
-        make_fence: Callable[[DomainInfo], Fence] | None = None,
+        make_fence: Callable[[DomainInfo, str], Fence] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._options = options
@@ -94,6 +101,7 @@ class SecondaryService:
         self._clock = clock
         self._budget = Budget(options.epoch_memory)
         self._keeper = ImageKeeper(options.keep_images) if options.keep_images else None
+        self._xen: Domains | None = None  # once a domain needs it
         self._drivers: dict[str, Driver] = {}  # by UUID
         self._labels: set[str] = set()  # of the metrics, each one guest's
         self._dropped: Counter[str] = Counter()  # frames and words of no session here, by kind
@@ -121,7 +129,8 @@ class SecondaryService:
         if options.image_dir:
             options.image_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._most_pfns = P2M_PER_MEMORY * memory // PAGE_SIZE
+        self._most_pfns = memory // MEMORY_PER_PFN
+        self._most_pages = memory // PAGE_SIZE  # of replicas in memory
         taken_over = [r for r in terms.records() if r.role is Role.SECONDARY_ACTIVE]
         self._acceptor = Acceptor(
             contexts,
@@ -154,7 +163,7 @@ class SecondaryService:
             self.close()
 
     def stop(self) -> None:
-        """End run(), once no fence or activation is under way; from any thread or signal handler."""
+        """End run(), once no guest depends on this process alone; from any thread or signal handler."""
         self._stopping = True
 
     def close(self) -> None:
@@ -163,19 +172,21 @@ class SecondaryService:
         for driver in self._drivers.values():
             driver.close()
         self._drivers = {}
+        if self._xen is not None:
+            self._xen.close()
+            self._xen = None
 
     def status(self) -> dict[str, Any]:
         """A snapshot for people and programs; from any thread."""
-        unsafe = [f"faults armed: {rule.point}" for rule in faults.armed()]
-        if self._options.unsafe_no_fencing:
-            unsafe.append("--unsafe-no-fencing: two guests may run")
+        armed = (f"faults armed: {rule.point}" for rule in faults.armed())
         return {
             "role": "secondary",
             "domains": [driver.status() for driver in list(self._drivers.values())],
             "epoch_memory_used": self._budget.used,
             "epoch_memory": self._budget.limit,
             "dropped": dict(self._dropped),
-            "unsafe": unsafe,
+            "stopping": self._stopping,
+            "unsafe": [*self._options.unsafe, *armed],
         }
 
     def not_ready(self) -> list[str]:
@@ -193,11 +204,32 @@ class SecondaryService:
         if isinstance(message, messages.Hello):
             self._hello(peer, message)
             return
+        if isinstance(message, messages.Check):
+            self._check(peer, header, message)
+            return
         driver = self._of(peer, header)
-        if driver is None:
+        if driver is not None:
+            driver.control(peer, message)
+        elif isinstance(message, messages.EngineLost):
+            self._of_an_earlier_life(peer, header, message)
+        else:
+            self._dropped[header.kind.name] += 1
+
+    def _check(self, peer: Peer, header: Header, check: messages.Check) -> None:
+        """A preflight: answered, and forgotten."""
+        here = self._guest_here(check.uuid)
+        checked = preflight.answer(check, self._options, self._hypervisor.name, guest_here=here)
+        self._acceptor.send(peer, checked, session=header.session, term=header.term)
+
+    def _of_an_earlier_life(self, peer: Peer, header: Header, message: messages.EngineLost) -> None:
+        """A watcher has to know that this side runs its guest, also if we took over and then began anew."""
+        driver = self._drivers.get(message.uuid)
+        if driver is None or driver.machine.state is not State.ACTIVE:
             self._dropped[header.kind.name] += 1
             return
-        driver.control(message)
+        term = driver.machine.term
+        refused = messages.Refused(header.session, term, "active", driver.machine.reason)
+        self._acceptor.send(peer, refused, session=header.session, term=term)
 
     def _bulk(self, peer: Peer, header: Header, payload: zmq.Frame | bytes) -> None:
         driver = self._of(peer, header)
@@ -217,9 +249,12 @@ class SecondaryService:
         uuid = hello.info.uuid
         driver = self._drivers.get(uuid)
         try:
-            if hello.info.nr_pfns > self._most_pfns:
+            if hello.info.nr_pfns > self._most_pfns or (
+                self._options.image == "memory" and hello.info.ram_pages > self._most_pages
+            ):
                 raise CheckpointdError(
-                    f"a guest of {hello.info.nr_pfns} pages is too large for this machine"
+                    f"a guest of {hello.info.ram_pages} pages among {hello.info.nr_pfns} is too large "
+                    "for this machine: give it more memory, or use --image disk"
                 )
             if driver is None:
                 if len(self._drivers) >= MAX_DOMAINS:
@@ -237,7 +272,7 @@ class SecondaryService:
         """`name`: the guest's, where it is known: what the primary's metrics call it, too."""
         worker = ReplicaWorker(
             self._budget,
-            ImageRestorer(self._hypervisor),
+            self._restorer(),
             image_dir=self._options.image_dir,
             keeper=self._keeper,
             clock=self._clock,
@@ -249,14 +284,28 @@ class SecondaryService:
         self._drivers[record.uuid] = driver
         return driver
 
-    def _fence_of(self, info: DomainInfo) -> Fence:
-        if self._options.unsafe_no_fencing:
+    def _restorer(self) -> Restorer:
+        if self._hypervisor.name != "xen":
+            return ImageRestorer(self._hypervisor)
+        if self._xen is None:
+            # Where there is no Xen, nothing of its adapter is loaded.
+            from checkpointd.hypervisor.xen.incoming import Domains
+            from checkpointd.hypervisor.xen.lib import open_libs
+
+            self._xen = Domains(open_libs(untested=self._options.unsafe_untested_xen))
+        return XlRestorer(self._xen, self._options.run_dir / "xen")
+
+    def _fence_of(self, info: DomainInfo, address: str) -> Fence:
+        options = self._options
+        if options.unsafe_no_fencing:
             return NoFence()
-        if info.hypervisor == "embedded":
+        if info.hypervisor == "embedded" and info.host.boot_id == boot_id():
             return EmbeddedFence(info.host)
+        if options.fence_command:
+            return CommandFence(options.fence_command, info, address)
         raise FenceError(
-            f"nothing here can stop a {info.hypervisor} guest on another machine; "
-            "--unsafe-no-fencing activates without"
+            f"nothing here can stop {info.name} on {address}: give --fence-command, a command that "
+            "switches that machine off, or --unsafe-no-fencing, which activates without"
         )
 
     def _state_changed(self, uuid: str, state: State) -> None:
@@ -265,7 +314,10 @@ class SecondaryService:
 
     def _guest_here(self, uuid: str) -> bool:
         try:
-            return any(info.uuid == uuid for info in self._hypervisor.domains())
+            return any(
+                info.uuid == uuid and not info.name.endswith(INCOMING)
+                for info in self._hypervisor.domains()
+            )
         except CheckpointdError as error:
             log.warning("cannot tell whether %s runs here: %s", uuid, error)
             return True  # the safe guess: it only ever refuses
@@ -281,10 +333,12 @@ class SecondaryService:
                 driver.fault(str(error))
 
     def _tick(self) -> None:
+        # Before anybody is ticked: no fence begins any more. A list: each of them says what it waits for.
+        if self._stopping and all([driver.may_end() for driver in self._drivers.values()]):  # noqa: C419
+            self._acceptor.stop()
+            return
         now = self._clock()
         for driver in self._drivers.values():
             driver.tick(now)
         self._metrics.epoch_memory(self._budget.used)
         self._metrics.strangers_denied(self._acceptor.authenticator.denied)
-        if self._stopping and not any(driver.deciding for driver in self._drivers.values()):
-            self._acceptor.stop()

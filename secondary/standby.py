@@ -26,6 +26,7 @@ from .events import (
     CommitFailed,
     DropReplica,
     EndReceived,
+    EngineLostHeard,
     EpochGivenUp,
     Event,
     Fence,
@@ -43,6 +44,7 @@ from .events import (
     RetireReceived,
     SendAck,
     SendCommitted,
+    SendEngineLostHeard,
     SendFullCopyWanted,
     SendRefused,
     SendRetired,
@@ -99,11 +101,14 @@ class Standby:
        is given by that event only. Once Fence is given, a returning primary gets no answer until
        its result is known: proved means "active" for ever, failed means that nothing has happened
        and the primary goes on.
-    9. *Silence alone* leads to Probe. An engine that says that its guest's host is lost is deaf to
+    9. *Silence alone* leads to Probe, or the word of the watcher on the primary's host that the
+       engine is gone: then a new one is waited for, within the limit, for as long as the watcher is
+       heard; its silence leads to Probe like any other. An engine that says that its guest's host is lost is deaf to
        us from there on, no more; so is one whose guest was destroyed after we tried to fence it,
        for that may have been our own doing.
 
-    Never activated: after Retired was sent (or the guest's End taken), after a failed audit.
+    Never activated: after Retired was sent (or the guest's End taken), after a failed audit, after a
+    higher term than the replica's was taken on.
     A Retire that comes while a fence is under way is held like any other word: it was not answered,
     so the primary has opened nothing.
     """
@@ -128,6 +133,8 @@ class Standby:
         self._probing = False
         self._fence_wanted = False
         self._engine_lost_ns = 0
+        self._told = False  # by the watcher, of this session: its words count, not only silence
+        self._fencing = False  # a Fence is under way, also if its guest has ended meanwhile
         self._fence_tried = False  # in this session
         self._fenced = False
         self._term_taken = False  # the activation's term is on stable storage
@@ -145,6 +152,13 @@ class Standby:
     def wants_copy(self) -> bool:
         """Whether the session is worth nothing, and the primary has to begin a new one."""
         return bool(self._anew)
+
+    @property
+    def owes_guest(self) -> bool:
+        """The old guest is being stopped, or is stopped for sure, and does not run here yet: the replica may be all
+        that is left of it.
+        """
+        return self._fenced or self.state in (State.FENCING, State.ACTIVATING)
 
     def handle(self, event: Event) -> list[Instruction]:
         out: list[Instruction] = []
@@ -191,6 +205,8 @@ class Standby:
                 self._retire(event, out)
             case EndReceived():
                 self._end(event, out)
+            case EngineLostHeard():
+                self._engine_lost(event, out)
             case ProtocolFault():
                 if event.session == self.session and self._open:
                     self._open = False
@@ -201,7 +217,7 @@ class Standby:
     # ------------------------------------------------------------ sessions
 
     def _hello(self, hello: HelloReceived, out: list[Instruction]) -> None:
-        if self.state is State.FENCING or self._adopting:
+        if self._fencing or self._adopting:
             self._hold(hello)
             return
         refusal = self._refusal(hello)
@@ -241,7 +257,7 @@ class Standby:
         self._back(out)
         self.session = hello.session
         self.acked = 0
-        self.deaf = self._fence_tried = False
+        self.deaf = self._fence_tried = self._told = False
         self._anew = "its earlier epochs are not here" if hello.resume else ""
         self._open = not hello.resume
         if (self.state is State.STANDBY or self.pending) and not hello.same_guest:
@@ -270,8 +286,13 @@ class Standby:
         """The primary is there again, before anything was done to its guest."""
         if self.state not in (State.PROBING, State.ENGINE_LOST, State.FAILED):
             return
+        self._told = False
+        self._call_off(State.STANDBY, "", out)
+
+    def _call_off(self, state: State, reason: str, out: list[Instruction]) -> None:
+        """No fence for now: go on with the replica in `state`."""
         self._fence_wanted = self._probing = False
-        self._enter(State.STANDBY, "")
+        self._enter(state, reason)
         self._release_held(out)
 
     def _hold(self, event: Event) -> None:
@@ -383,17 +404,44 @@ class Standby:
 
     # ------------------------------------------------------------ silence and activation
 
+    def _engine_lost(self, event: EngineLostHeard, out: list[Instruction]) -> None:
+        if event.session != self.session or self.deaf or self._fencing:
+            return  # while a fence is under way nothing is answered
+        if self._fenced or self.state is State.ACTIVE:
+            out.append(SendRefused(event.session, "active", self._taken_over()))
+            return
+        out.append(SendEngineLostHeard())
+        first = not self._told
+        if first and self.state is not State.ENGINE_LOST:
+            self._engine_lost_ns = event.now_ns
+        self._told = True
+        reason = f"engine lost, host alive: {event.detail}"
+        if self.state is State.SYNCING:
+            self.reason = f"{reason}; no epoch is committed: there is nothing to activate"
+        elif self.state is State.ENGINE_LOST:
+            self._probing = False  # it was for its silence
+            self.reason = reason
+        elif self.state is State.STANDBY or (
+            self.state in (State.PROBING, State.FAILED) and not self._restart_over(event.now_ns)
+        ):
+            self._call_off(State.ENGINE_LOST, reason, out)
+        if first:
+            out.append(Alarm(reason))
+
+    def _restart_over(self, now_ns: int) -> bool:
+        return now_ns - self._engine_lost_ns >= self._policy.engine_restart_ns
+
     def _tick(self, event: Tick, out: list[Instruction]) -> None:
         silent = event.silent_ns > 0
         due = self._retry_ns is not None and event.now_ns >= self._retry_ns
         if self.state is State.STANDBY and silent:
             self._enter(State.PROBING, f"the primary is silent for {_ms(event.silent_ns)}")
             self._probe(out)
-        elif self.state is State.ENGINE_LOST and silent:
-            if event.now_ns - self._engine_lost_ns >= self._policy.engine_restart_ns:
+        elif self.state is State.ENGINE_LOST and (silent or self._told):
+            if self._restart_over(event.now_ns):
                 self._enter(State.PROBING, "the engine was not started again within its limit")
                 self._fence(out)
-            elif not self._probing:
+            elif silent and not self._probing:
                 self._probe(out)
         elif self.state is State.SYNCING and silent:
             if not self.reason.startswith("the primary is silent"):
@@ -405,7 +453,7 @@ class Standby:
         elif self.state is State.FAILED and due and self._fenced:
             self._retry_ns = None
             self._activate(out)
-        elif self.state is State.FAILED and due and silent:
+        elif self.state is State.FAILED and due and (silent or self._told):
             self._fence(out)
 
     def _probe(self, out: list[Instruction]) -> None:
@@ -428,19 +476,23 @@ class Standby:
 
     def _fence(self, out: list[Instruction]) -> None:
         """Fence once all that was acked is committed, so that its audit has spoken before the old
-        guest is destroyed.
+        guest is destroyed; and not while a Hello of a higher term waits, whose guest the replica is not.
         """
-        self._fence_wanted = bool(self.pending)
+        self._fence_wanted = bool(self.pending) or self._adopting
         if self._fence_wanted:
             return
         self._retry_ns = None
         self._attempt += 1
-        self._fence_tried = True
+        self._fencing = self._fence_tried = True
         self._enter(State.FENCING, self.reason)
         out.append(Fence(self._attempt))
 
     def _fence_done(self, event: FenceDone, out: list[Instruction]) -> None:
-        if self.state is not State.FENCING or event.attempt != self._attempt:
+        if not self._fencing or event.attempt != self._attempt:
+            return
+        self._fencing = False
+        if self.state is not State.FENCING:
+            self._release_held(out)
             return
         if not event.result.fenced:
             text = f"not fenced, so not activated: {event.result.detail}"
@@ -474,6 +526,10 @@ class Standby:
             if self.state is State.ACTIVE:
                 self.committed = None  # it became the guest
                 self._enter(State.WAITING, f"the guest is in term {event.term}, and not here")
+            elif self.session is not None and self.state is not State.RETIRED:
+                hellos: list[Event] = [w for w in self._held if isinstance(w, HelloReceived)]
+                self._drop(f"the guest has lived on elsewhere, in term {event.term}", out)
+                self._held = hellos
             self._release_held(out)
         elif self.state is State.ACTIVATING and not self._term_taken:
             self.term = event.term
@@ -490,6 +546,8 @@ class Standby:
                 else:
                     self._handle(word, out)
             out.append(Alarm(event.text))
+            if self._fence_wanted:
+                self._fence(out)
         elif self.state is State.ACTIVATING:
             text = f"fenced, but the new term could not be stored: {event.text}"
             self._fail(text, event.now_ns, out)

@@ -62,10 +62,15 @@ class ReplicaWorker:
             DigestKey(hello.digest_seed),
             hello.static_records,
         )
+        self._restorer.begin(info, hello.static_records)
         if self._replica is not None:
             self._replica.forget_live()
             if self._replica.nr_pfns != info.nr_pfns:
                 self._forget(remove=True)
+
+    def warm(self) -> dict[str, object]:
+        """How far a restorer that follows the epochs has come; from any thread."""
+        return self._restorer.status()
 
     def admit(self, load: Load) -> None:
         """See Replica.admit(). Raises NoRoomError."""
@@ -82,6 +87,8 @@ class ReplicaWorker:
                 return CommitFailed(load.epoch, "its replica is gone")
             faults.point("secondary.before-commit")
             audited, mismatches = replica.commit(load, key)
+            if not mismatches:
+                self._restorer.committed(replica)
             faults.point("secondary.after-commit")
         except (CheckpointdError, OSError) as error:
             return CommitFailed(load.epoch, str(error))
@@ -115,6 +122,7 @@ class ReplicaWorker:
         if self._replica is None:
             return
         if keep_pages:
+            self._restorer.discard()
             self._replica.give_up_epoch()
             return
         self._keep()
@@ -131,6 +139,10 @@ class ReplicaWorker:
             faults.point("secondary.after-start")
         except (CheckpointdError, OSError) as error:
             return StartFailed(str(error), self._clock())
+        except Exception as error:
+            # A mistake of ours would end the daemon, and with it the only copy of the guest.
+            log.exception("the guest was not started")
+            return StartFailed(repr(error), self._clock())
         self._forget(remove=True)  # it is the guest's now, by its own handle
         return GuestStarted(started.domid)
 

@@ -137,31 +137,10 @@ class TermStore:
         return range(first, first + count)
 
     def _path(self, uuid: str) -> str:
-        try:
-            canonical = str(uuids.UUID(uuid))
-        except ValueError:
-            raise StateError(f"{uuid!r} is not a UUID, so it has no term record") from None
-        return str(self._directory / f"{canonical}{_SUFFIX}")
+        return _record_path(self._directory, uuid)
 
     def _load(self, uuid: str) -> TermRecord:
-        path = self._path(uuid)
-        try:
-            fd = self._files.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = self._files.read(fd, RECORD_LIMIT)
-            finally:
-                self._files.close(fd)
-        except FileNotFoundError:
-            return TermRecord(str(uuids.UUID(uuid)))
-        except OSError as error:
-            raise StateError(f"{path} cannot be read: {error.strerror}") from error
-        record = _parse(data)
-        if record is None or record.uuid != str(uuids.UUID(uuid)):
-            raise StateError(
-                f"{path} is garbled, so it is not known who may run this guest: make sure that the "
-                "guest runs on one machine only, then remove the file"
-            )
-        return record
+        return read_record(self._directory, uuid, files=self._files)
 
     def _store(self, record: TermRecord) -> None:
         old = self._load(record.uuid)
@@ -192,6 +171,38 @@ class TermStore:
             self._files.fsync(fd)
         finally:
             self._files.close(fd)
+
+
+def read_record(directory: Path, uuid: str, *, files: FileSystem = REAL) -> TermRecord:
+    """What load() gives, without the lock: for a look at the other role's store, whose daemon may
+    run. A record is replaced whole, so it is never seen half written. Raises StateError.
+    """
+    path = _record_path(directory, uuid)
+    try:
+        fd = files.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = files.read(fd, RECORD_LIMIT)
+        finally:
+            files.close(fd)
+    except FileNotFoundError:
+        return TermRecord(str(uuids.UUID(uuid)))
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}") from error
+    record = _parse(data)
+    if record is None or record.uuid != str(uuids.UUID(uuid)):
+        raise StateError(
+            f"{path} is garbled, so it is not known who may run this guest: make sure that the "
+            "guest runs on one machine only, then remove the file"
+        )
+    return record
+
+
+def _record_path(directory: Path, uuid: str) -> str:
+    try:
+        canonical = str(uuids.UUID(uuid))
+    except ValueError:
+        raise StateError(f"{uuid!r} is not a UUID, so it has no term record") from None
+    return str(directory / f"{canonical}{_SUFFIX}")
 
 
 def _render(record: TermRecord) -> bytes:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 COMMANDS = {
     "primary": "protect a guest: send its checkpoints to a secondary",
     "secondary": "stand by: keep replicas of guests, and go on with them when their host is lost",
+    "save": "save a running guest to a file",
+    "restore": "start a guest from the last whole epoch of a recording",
+    "release": "let a guest go on that a dead engine has left suspended",
     "guest": "run an embedded guest, where there is no Xen",
+    "check": "look whether a guest can be protected, and what is in the way",
     "status": "show the daemons of this machine and the guests they protect",
     "keys": "show, trust and forget the keys by which the two sides know each other",
     "stream": "show, verify and copy files in Xen's migration stream format",

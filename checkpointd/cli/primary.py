@@ -19,6 +19,7 @@ network leaves only once the secondary has the epoch that sent it.
 
   checkpointd primary --domid 4                          a secondary on this machine
   checkpointd primary --domid 4 --secondary standby.lan  on another (first: checkpointd keys --help)
+  checkpointd primary --domid 4 --to web.remus           no protection: epochs are recorded in a file
 
 SIGTERM or Ctrl-C ends protection in order: the guest goes on unprotected.
 
@@ -31,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "primary",
         help="protect a guest: send its checkpoints to a secondary",
-        usage="%(prog)s --domid DOMID [--secondary HOST] [--interval TIME] [option ...]",
+        usage="%(prog)s --domid DOMID [--secondary HOST | --to FILE] [--interval TIME] [option ...]",
         description=DESCRIPTION,
     )
     settings.add_arguments(parser, PrimaryOptions)

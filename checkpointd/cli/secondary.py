@@ -17,7 +17,8 @@ stopped, and run the guest here from its last acknowledged epoch. Without that p
   checkpointd secondary                      for primaries on this machine
   checkpointd secondary --listen 192.0.2.7   for others (first: checkpointd keys --help)
 
-SIGTERM or Ctrl-C ends it, and its replicas with it; guests that it has activated run on.
+SIGTERM or Ctrl-C ends it, and its replicas with it; guests that it has activated run on. A guest that is
+stopped on the other side and does not run here yet is waited for.
 
 Every option may also stand in the file of --config, as `silence = "1s"` under [secondary], and in
 the environment, as CHECKPOINTD_SILENCE=1s. A flag wins over the environment, that over the file.

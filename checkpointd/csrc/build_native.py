@@ -62,6 +62,7 @@ ffi.cdef(
     void ck_mappings_free(struct ck_mappings *cache);
     int64_t ck_mappings_refresh(struct ck_mappings *cache);
     int ck_mappings_invalidate_all(struct ck_mappings *cache);
+    void ck_mappings_theirs(struct ck_mappings *cache, const uint8_t *digests);
 
     /* arena.h */
     #define CK_SLOT_PAGES ...
@@ -99,6 +100,7 @@ ffi.cdef(
         uint64_t cursor;
         int64_t suspend_timeout_ns;
         bool close_output;
+        bool stay;
         bool detect_zero;
     };
     struct ck_outcome {

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "digest.h"
 #include "scan.h"
 
 #define EXTENT_WORDS (CK_EXTENT_PAGES / 64) /* words of a bitmap that one extent takes */
@@ -28,7 +29,7 @@ int ck_mappings_new(void *table, uint64_t nr_pfns, uint32_t budget_extents,
     uint64_t extents = nr_extents(nr_pfns);
     uint64_t words = extents * EXTENT_WORDS; /* the last extent's too: invalidate() reads all 8 */
     uint64_t size = sizeof(struct ck_mappings) + extents * sizeof(struct ck_extent)
-                    + 3 * words * sizeof(uint64_t) + extents * sizeof(uint32_t);
+                    + 4 * words * sizeof(uint64_t) + extents * sizeof(uint32_t);
 
     if (hypervisor->abi != CK_HYPERVISOR_ABI || hypervisor->size != sizeof *hypervisor)
         return -EPROTONOSUPPORT;
@@ -44,11 +45,13 @@ int ck_mappings_new(void *table, uint64_t nr_pfns, uint32_t budget_extents,
     cache->changed = (uint64_t *)(cache->extents + extents);
     cache->fresh = cache->changed + words;
     cache->populated = cache->fresh + words;
-    cache->mapped = (uint32_t *)(cache->populated + words);
+    cache->theirs = cache->populated + words;
+    cache->mapped = (uint32_t *)(cache->theirs + words);
     cache->hypervisor = hypervisor;
     cache->nr_pfns = nr_pfns;
     cache->budget = budget_extents;
     cache->allocated = size;
+    ck_bitmap_add(cache->theirs, 0, nr_pfns);
     *out = cache;
     return 0;
 }
@@ -193,3 +196,13 @@ void ck_mappings_take_changed(struct ck_mappings *cache, uint64_t *pending)
 }
 
 int ck_mappings_invalidate_all(struct ck_mappings *cache) { return invalidate(cache, NULL); }
+
+void ck_mappings_theirs(struct ck_mappings *cache, const uint8_t *digests)
+{
+    static const uint8_t none[CK_DIGEST_SIZE];
+
+    memset(cache->theirs, 0, ck_bitmap_words(cache->nr_pfns) * sizeof(uint64_t));
+    for (uint64_t pfn = 0; digests && pfn < cache->nr_pfns; pfn++)
+        if (memcmp(digests + pfn * CK_DIGEST_SIZE, none, sizeof none) != 0)
+            ck_bit_set(cache->theirs, pfn);
+}

@@ -45,6 +45,7 @@ struct ck_mappings {
     bool any_changed;         /* is a bit of `changed` set? */
     uint64_t *fresh;          /* bitmap: scratch of refresh, all zero outside of it */
     uint64_t *populated;      /* bitmap: had memory behind them when last staged */
+    uint64_t *theirs;         /* bitmap: the other side may have a page here; at first it may have any */
     struct ck_mappings_stats stats;
     uint64_t allocated;       /* octets, of this struct and all arrays */
 };
@@ -75,6 +76,10 @@ int64_t ck_mappings_refresh(struct ck_mappings *cache);
 
 /* OR what changed into the dirty set and forget it here. */
 void ck_mappings_take_changed(struct ck_mappings *cache, uint64_t *pending);
+
+/* The other side has just the pages with a digest that is not zero (CK_DIGEST_SIZE octets a pfn; NULL:
+ * none). A hole need not be told for a page that it never had: most of a PVH guest's p2m is one. */
+void ck_mappings_theirs(struct ck_mappings *cache, const uint8_t *digests);
 
 /* Unmap everything. 0, or the first error; what could not be unmapped stays stale. */
 int ck_mappings_invalidate_all(struct ck_mappings *cache);

@@ -151,12 +151,15 @@ static void stage_page(const struct ck_request *q, struct ck_outcome *out, uint6
 
     if (content(word) == NOTHING) {
         ck_bit_clear(q->mappings->populated, pfn);
-        arena->gone[arena->nr_gone++] = word;
+        /* `theirs` keeps its bit: nobody knows yet whether this part will arrive. */
+        if (ck_bit_test(q->mappings->theirs, pfn))
+            arena->gone[arena->nr_gone++] = word;
         forget_known(q, pfn);
         return;
     }
     const uint8_t *page = page_of(base, pfn);
     ck_bit_set(q->mappings->populated, pfn);
+    ck_bit_set(q->mappings->theirs, pfn);
     if (is_known(q, pfn, page)) {
         out->known++;
         return;
@@ -407,7 +410,8 @@ void ck_pause(const struct ck_request *q, struct ck_outcome *out)
         checkpoint(q, out, mark);
 
     resuming = now_ns();
-    out->resume_status = hypervisor->resume(hypervisor->domain);
+    if (!q->stay || out->status)
+        out->resume_status = hypervisor->resume(hypervisor->domain);
     mark = now_ns();
     out->resume_ns = mark - resuming;
     out->pause_ns = mark - stopped;

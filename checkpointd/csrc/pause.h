@@ -49,6 +49,7 @@ struct ck_request {
     uint64_t cursor;       /* pfn at which the audit (pause) or the staging (live) begins */
     int64_t suspend_timeout_ns;
     bool close_output; /* pause */
+    bool stay;         /* pause: if all goes well the guest is left suspended */
     bool detect_zero;
 };
 
@@ -70,7 +71,7 @@ struct ck_outcome {
 };
 
 /* One epoch: suspend, harvest FINAL, stage everything, context, audit, output_close, resume. The
- * guest is resumed on every path on which suspend() was called. */
+ * guest is resumed on every path on which suspend() was called, but for a success with `stay`. */
 void ck_pause(const struct ck_request *request, struct ck_outcome *outcome);
 
 /* One round with the guest running: harvest CLEAN, then stage from the cursor upwards and round to

@@ -17,6 +17,7 @@ from checkpointd.daemon.settings import (
     Listen,
     address,
     choice,
+    command,
     directory,
     duration,
     endpoint,
@@ -47,6 +48,7 @@ _NAMESPACE = text_value(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}",
     "a name of at most 32 letters, digits, '.', '_' or '-'",
 )
+_HERE = "127.0.0.1"  # where a secondary is that nobody named
 _HOST = text_value("HOST", r"[^\s\[\]/]{1,253}", "a host name or address")
 
 
@@ -56,6 +58,9 @@ class CommonOptions:
 
     hypervisor: str = setting(
         choice("auto", "embedded", "xen"), "auto", "auto: Xen where there is one, else embedded"
+    )
+    unsafe_untested_xen: bool = setting(
+        switch(), "no", "run on a version of Xen that no test of this release has run on"
     )
     no_metrics: bool = setting(switch(), "no", "serve no metrics, health or status by HTTP")
     state_dir: Path = setting(
@@ -72,9 +77,9 @@ class CommonOptions:
 
     @property
     def unsafe(self) -> list[str]:
-        """Names of the unsafe options in force; status shows them as long as the daemon lives."""
-        names = (name for name in self.__dataclass_fields__ if "unsafe" in name)
-        return [name_of(name) for name in names if getattr(self, name)]
+        """The unsafe options in force; status shows them as long as the daemon lives."""
+        names = (name for name in self.__dataclass_fields__ if name.startswith("unsafe_"))
+        return [f"--{name_of(name)}" for name in names if getattr(self, name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +98,13 @@ class PrimaryOptions(CommonOptions):
         "where embedded guests are looked for: what `checkpointd guest --namespace` says",
     )
     secondary: Endpoint = setting(
-        endpoint(CONTROL_PORT, BULK_PORT), "127.0.0.1", "the secondary that keeps the replica"
+        endpoint(CONTROL_PORT, BULK_PORT), _HERE, "the secondary that keeps the replica"
+    )
+    to: Path | None = setting(
+        directory(),
+        "",
+        "record epochs to this new file instead, for `checkpointd restore`: NO PROTECTION, nobody goes on with the "
+        "guest, and its output is left as it is",
     )
     interval: int = setting(
         duration("5ms", "10s"), "100ms", "from the start of one epoch to the start of the next"
@@ -145,6 +156,16 @@ class PrimaryOptions(CommonOptions):
         "guest that dirties it faster than that is given up",
     )
     zero_pages: bool = setting(switch(), "yes", "look for pages of zeros, and do not send them")
+    unsafe_disk: bool = setting(
+        switch(),
+        "no",
+        "protect a guest with writable disks, which are not replicated: after a failover they DO NOT FIT its memory",
+    )
+    unsafe_output: bool = setting(
+        switch(),
+        "no",
+        "protect a Xen guest whose network output is not held: a failover TAKES BACK what others have seen",
+    )
     metrics: Listen = setting(
         address(auto=True),
         "127.0.0.1:auto",
@@ -163,6 +184,8 @@ class PrimaryOptions(CommonOptions):
             )
         if self.ack_timeout < self.interval:
             yield ("ack_timeout", "interval"), "the timeout must be at least one interval"
+        if self.to is not None and self.secondary.host != _HERE:
+            yield ("to", "secondary"), "epochs go to a file or to a secondary, not to both"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,11 +213,21 @@ class SecondaryOptions(CommonOptions):
         "5s",
         "how long stopping the old guest may take; if it fails nothing is activated",
     )
+    fence_command: tuple[str, ...] | None = setting(
+        command(),
+        "",
+        "command that stops the guest of another machine for sure, say by switching that machine off; its "
+        "environment says which (CHECKPOINTD_FENCE_HOST, _UUID, ...), and exit code 0 is taken as proof",
+    )
     unsafe_no_fencing: bool = setting(
         switch(), "no", "activate without proof that the old guest is stopped: BOTH MAY RUN"
     )
     activate_paused: bool = setting(switch(), "no", "leave an activated guest paused")
-    image: str = setting(choice("memory", "disk"), "memory", "where replicas are kept")
+    image: str = setting(
+        choice("memory", "disk", "none"),
+        "memory",
+        "where replicas are kept; none, with what a Xen toolstack has taken in alone, is refused so far",
+    )
     image_dir: Path | None = setting(directory(), "", "where on disk, with --image disk")
     keep_images: Path | None = setting(
         directory(), "", "also write committed images there, as files for `checkpointd stream`"
@@ -211,5 +244,11 @@ class SecondaryOptions(CommonOptions):
     def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.control_port == self.bulk_port:
             yield ("control_port", "bulk_port"), "the two ports must differ"
+        if self.image == "none":
+            yield (
+                ("image",),
+                "not without an image: the incoming Xen domain alone cannot be compared with the "
+                "primary's audit, and the death of xl would be the end of the replica; take memory or disk",
+            )
         if (self.image == "disk") != (self.image_dir is not None):
             yield ("image", "image_dir"), "--image disk and --image-dir DIR go together"

@@ -11,21 +11,17 @@ import os
 import queue
 import threading
 import time
-from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from logging.handlers import QueueHandler
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Iterator
 
 QUEUE_LIMIT = (
     10_000  # records; at 200 octets a record some 2 MB, and minutes of a busy daemon's talk
 )
 CLOSE_TIMEOUT = 2.0  # s; an exit waits no longer than this for a stderr that nobody reads
-STATES_KEPT = (
-    1024  # keys that OnChange remembers; keys may come from peers, so their number is bounded
-)
 
 # Everything that could end a line or steer a terminal: a record is one line, whatever a peer put
 # into it.
@@ -140,26 +136,3 @@ def started(level: str, style: str, descriptor: int = 2) -> Iterator[Writer]:
         logger.removeHandler(writer)
         logger.level, logger.propagate = before
         writer.close()
-
-
-class OnChange:
-    """Says a thing once for each change of its state: a fault that lasts is one line."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
-        self._states: OrderedDict[str, Hashable] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def log(self, key: str, state: Hashable, level: int, text: str, *args: object) -> bool:
-        """Log `text` if `state` of `key` is not what it was at the last call; True if it was
-        logged.
-        """
-        with self._lock:
-            if self._states.get(key, self) == state:  # self: never equal to a state
-                return False
-            self._states[key] = state
-            self._states.move_to_end(key)
-            if len(self._states) > STATES_KEPT:
-                self._states.popitem(last=False)
-        self._logger.log(level, text, *args)
-        return True

@@ -6,12 +6,10 @@ import os
 import stat
 from pathlib import Path
 
-from checkpointd.errors import StateError, UsageError
+from checkpointd.errors import StateError
 
 STATE_VARIABLE = "CHECKPOINTD_STATE_DIR"
 RUN_VARIABLE = "CHECKPOINTD_RUN_DIR"
-
-SOCKET_PATH_LIMIT = 107  # octets: sun_path is 108 with its closing NUL (unix(7))
 
 
 def state_dir() -> Path:
@@ -56,14 +54,3 @@ def private(directory: Path) -> Path:
             "remove it, or chown and chmod 700 it, or choose another directory"
         )
     return directory
-
-
-def socket_path(path: Path) -> Path:
-    """`path`, if a Unix socket may have that name; UsageError if it is too long."""
-    length = len(os.fsencode(path))
-    if length > SOCKET_PATH_LIMIT:
-        raise UsageError(
-            f"{path} has {length} octets, and a Unix socket's path at most {SOCKET_PATH_LIMIT}: "
-            f"choose a shorter --run-dir (or {RUN_VARIABLE})"
-        )
-    return path

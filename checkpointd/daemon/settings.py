@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,21 @@ def text_value(metavar: str, pattern: str, meaning: str) -> Kind:
         return text
 
     return Kind(metavar, parse)
+
+
+def command() -> Kind:
+    """Words of a command line, split as a shell splits them; nothing else that a shell does."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        try:
+            words = tuple(shlex.split(text))
+        except ValueError as error:
+            raise BadValueError(f"{text!r} is not a command line: {error}") from None
+        if not words or "\0" in text:
+            raise BadValueError(f"{text!r} is not a command line")
+        return words
+
+    return Kind("COMMAND", parse)
 
 
 def uuid_value() -> Kind:

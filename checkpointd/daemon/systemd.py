@@ -7,9 +7,6 @@ import socket
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
-WATCHDOG = (
-    "WATCHDOG=1"  # only from a loop that made progress: another thread would vouch for a stuck one
-)
 
 
 def status(text: str) -> str:
@@ -31,14 +28,3 @@ def notify(*messages: str) -> bool:
     except (OSError, ValueError):  # gone, full, or a name that is none
         return False
     return True
-
-
-def watchdog_interval() -> int | None:
-    """Nanoseconds within which systemd wants a WATCHDOG, None if it does not watch this process.
-
-    Send one at least twice as often.
-    """
-    pid, microseconds = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
-    if (pid and pid != str(os.getpid())) or not microseconds.isdecimal():
-        return None
-    return int(microseconds) * 1000 or None

@@ -65,11 +65,11 @@ def run(
 ) -> Figures:
     """Play it in `directory`; `interval` in ns, `memory` as `guest --memory` takes it. Raises RigError, DemoError."""
     with Rig(directory) as rig:
-        say(f"a guest with {memory} of memory and a key-value store, on a host of its own")
+        say(f"a guest, {memory} of memory with a key-value store; its host is a process of its own")
         guest = rig.guest(DOMID, "--memory", memory, "--listen", f"127.0.0.1:{rig.udp_port()}")
         rig.guest_is_up(guest)
         info = EmbeddedHypervisor("primary", rig.run_dir).find(domid=DOMID)
-        say("a secondary and a primary, over encrypted TCP on loopback")
+        say("a secondary and a primary, which talk over encrypted TCP on loopback")
         secondary = rig.secondary().ready()
         primary = rig.primary(
             DOMID,
@@ -78,7 +78,10 @@ def run(
             faults=f"ship.end@{FATAL_PART}=kill-host+kill",
         )
         primary.state("protected")
-        say(f"protected; {CLIENTS} clients write to it at udp://{info.config['address']}\n")
+        say(
+            f"protected: an epoch every {format_duration(interval)}; what it sends leaves once the secondary has "
+            f"that epoch\n{CLIENTS} clients (--seed {seed}) write to it at udp://{info.config['address']}\n"
+        )
         transports = [UdpTransport(str(info.config["address"])) for _ in range(CLIENTS)]
         loads = [Load(transport, seed=seed + n) for n, transport in enumerate(transports)]
         for load in loads:
@@ -87,7 +90,7 @@ def run(
             last = _watch(rig, primary, say)
             killed = time.monotonic()
             say(
-                f"\nin the middle of an epoch, after {last['epoch']}: SIGKILL to the guest's host "
+                "\nin the middle of an epoch, its pages sent and its end not: SIGKILL to the guest's host "
                 f"(pid {guest.pid}) and to the primary (pid {primary.pid})"
             )
             _check_killed(guest, primary)
@@ -95,8 +98,9 @@ def run(
             failover = time.monotonic() - killed
             standby = rig.status("secondary")["domains"][0]
             say(
-                f"the secondary found the host gone, stored term {standby['term']}, and runs the guest from epoch "
-                f"{standby['committed_epoch']}: {failover * 1000:.0f} ms after the kill"
+                "the secondary heard nothing, found the host gone, stored that it runs the guest from now on (term "
+                f"{standby['term']}),\nand runs it from epoch {standby['committed_epoch']}, the last whole one: "
+                f"{failover * 1000:.0f} ms after the kill. Its answers are not held there: it is unprotected"
             )
             time.sleep(AFTERWARDS)  # the clients go on; nothing is waited for
         finally:
@@ -111,6 +115,10 @@ def run(
 
 def _watch(rig: Rig, primary: Daemon, say: Callable[[str], None]) -> dict[str, Any]:
     """Rows of figures until the primary dies; its last status."""
+    say(
+        "pause: the guest stands still for an epoch, median and 99 of 100; dirty: pages of the last epoch; "
+        "sent: in all;\nlag: epochs taken and not acknowledged\n"
+    )
     say(
         f"{'time':>6} {'state':<10} {'epoch':>7} {'pause':>9} {'p99':>9} {'dirty':>6} {'sent':>10} {'lag':>4}"
     )
@@ -160,22 +168,34 @@ def _judge(
     epochs_fit = last["acked_epoch"] <= standby["committed_epoch"]
     ok = verdict.equal and not violations and epochs_fit and answered > 0
     say(
-        f"\nmemory   {verdict.pages} pages at step {verdict.step}: "
+        f"\nmemory   all {verdict.pages} pages of the guest, after {verdict.step} steps: "
         + (
-            "equal, bit for bit, to the replay of the input log"
+            "equal, bit for bit, to a replay of its input log from the start"
             if verdict.equal
             else verdict.difference
         )
     )
     say(
-        f"clients  {answered} requests answered, {silent} never; longest wait {longest * 1000:.0f} ms; "
+        f"clients  {answered} requests answered, {silent} never; longest wait, with the failover in it, "
+        f"{longest * 1000:.0f} ms;\n         "
         + (
             f"{len(violations)} VIOLATIONS: {violations[0]}"
             if violations
             else "no answered write vanished, no counter went back"
+            if answered
+            else "no client got an answer"
         )
     )
-    say("\nNothing was lost." if ok else "\nFAILED")
+    if not epochs_fit:
+        say(
+            f"epochs   epoch {last['acked_epoch']} was acknowledged, and the guest runs from epoch "
+            f"{standby['committed_epoch']}"
+        )
+    say(
+        "\nNothing was lost."
+        if ok
+        else f"\nFAILED. The same clients again: --seed {seed} (and --keep, for the logs)"
+    )
     return Figures(
         ok=ok,
         seed=seed,

@@ -1,8 +1,8 @@
 """The hypervisor port, Python half: what the roles need of a hypervisor, and no more.
 
 The C half is csrc/hypervisor.h: the function table that the native pause calls through. Everything here is
-off the pause. Adapters: `embedded` (checkpointd/hypervisor/embedded), later `xen`. The port's own
-conformance tests run on every adapter.
+off the pause. Adapters: `embedded` and `xen`, beside this file. The port's own conformance tests run on
+every adapter.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from checkpointd.output.port import OutputBuffer
+    from checkpointd.wire.keys import KeyPair
+    from checkpointd.wire.messages import End, Retire
+    from checkpointd.wire.sockets import Endpoint
 
 PAGE_SIZE = 4096  # octets; the only page size of the stream (libxc stream, domain header)
 EXTENT_PAGES = 512  # CK_EXTENT_PAGES in hypervisor.h
@@ -29,6 +32,7 @@ class EndReason(StrEnum):
     REBOOT = "reboot"
     CRASH = "crash"
     DESTROYED = "destroyed"
+    MOVED = "moved"  # somebody else saves or migrates it: it is his now
     HOST_LOST = "host-lost"
 
 
@@ -47,6 +51,16 @@ class DomainInfo:
     config: Mapping[str, str | int | bool] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """Whom to tell that an engine was lost, and in whose name (docs/wire-protocol.md, 4.8)."""
+
+    session: int
+    term: int
+    endpoint: Endpoint  # of the secondary
+    keys: KeyPair  # of this side
+
+
 class Domain(Protocol):
     """One guest, attached to by one engine. Closing it, or dying, detaches: the host then drops all mappings,
     ends the dirty log, resumes the guest if it was suspended, and leaves its output shut if it was.
@@ -63,6 +77,23 @@ class Domain(Protocol):
     @property
     def output(self) -> OutputBuffer: ...
 
+    @property
+    def unsafe(self) -> list[str]:
+        """What of this guest is not protected, though the user allowed it: for status, as long as it holds."""
+        ...
+
+    def tell_of_loss(self, contact: Contact) -> None:
+        """From now on the secondary of this session has to hear of it should this engine die. Nothing to do where
+        the guest's host says so itself.
+        """
+        ...
+
+    def leave_word(self, word: Retire | End) -> None:
+        """The secondary has not answered this last word: whoever outlives close() says it for a while. Nothing to do
+        where nobody does.
+        """
+        ...
+
     def static_records(self) -> bytes:
         """Image header, domain header, static records and STATIC_DATA_END: what begins the stream."""
         ...
@@ -73,6 +104,11 @@ class Domain(Protocol):
 
     def ended(self) -> EndReason | None:
         """Why the guest is no more, None while it lives (running, suspended or paused)."""
+        ...
+
+    @property
+    def trouble(self) -> str | None:
+        """Why this guest, which lives, cannot be protected any longer: one sentence. None: it can."""
         ...
 
     def fileno(self) -> int:
@@ -115,6 +151,12 @@ class Hypervisor(Protocol):
 
     def attach(self, domid: int) -> Domain:
         """Raises NoSuchDomainError, DomainBusyError (another engine is attached), HypervisorError."""
+        ...
+
+    def settle(self, info: DomainInfo, reason: EndReason | None) -> None:
+        """Once nobody is attached any more: do the toolstack's part of the domain's end (destroy it, create it anew) if
+        nobody else does. `reason` None: it lives on. Raises HypervisorError. May take minutes.
+        """
         ...
 
     def prepare(self, info: DomainInfo, memory_fd: int) -> Incoming:

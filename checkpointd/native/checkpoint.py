@@ -88,10 +88,11 @@ def pause(
     audit_cursor: int = 0,
     suspend_timeout_ns: int,
     close_output: bool = True,
+    stay: bool = False,
     detect_zero: bool = True,
 ) -> Outcome:
     """One epoch in one native call: suspend, harvest, stage, context, audit, close the output,
-    resume.
+    resume. With `stay` the guest is left suspended if all went well: closing the domain resumes it.
 
     Dirty bits come to `pending` and, once their pages are staged, are in `carried`, which is empty
     before and which the caller clears at the ack, or ORs back into `pending` if there will be none.
@@ -105,6 +106,7 @@ def pause(
         request.audit = bits_of(audit, mappings.nr_pfns)
     request.suspend_timeout_ns = suspend_timeout_ns
     request.close_output = close_output
+    request.stay = stay
     result = ffi.new("struct ck_outcome *")
     lib.ck_pause(request, result)
     return _outcome(result)

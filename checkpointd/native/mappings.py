@@ -11,6 +11,8 @@ from checkpointd.errors import HostLostError, HypervisorError
 from checkpointd.native.library import MAX_PFNS, PAGE_SIZE, ffi, lib
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
     from checkpointd._native import CData
 
 EXTENT_BYTES = 512 * PAGE_SIZE  # CK_EXTENT_PAGES
@@ -75,6 +77,18 @@ class Mappings:
         changes = lib.ck_mappings_refresh(self.handle)
         _raise_failure("asking which frames changed, or unmapping them,", changes)
         return changes
+
+    def replica_has(self, digests: ReadableBuffer | None) -> None:
+        """The replica has the pages with a digest that is not zero (16 octets a pfn), or none at all.
+        A hole is told to it only where it may have a page; until the first call it may have any.
+        """
+        if digests is None:
+            lib.ck_mappings_theirs(self.handle, ffi.NULL)
+            return
+        view = ffi.from_buffer("uint8_t[]", digests)
+        if len(view) != self.nr_pfns * lib.CK_DIGEST_SIZE:
+            raise ValueError(f"{len(view)} octets of digests for {self.nr_pfns} pfns")
+        lib.ck_mappings_theirs(self.handle, view)
 
     def invalidate_all(self) -> None:
         _raise_failure("unmapping", lib.ck_mappings_invalidate_all(self.handle))

@@ -92,8 +92,8 @@ def write_image(
     records, as an epoch's. Raises StreamError, before anything is written, if the static records
     or the tail would spoil the stream.
     """
-    _check_static(static_records)
-    _check_tail(tail)
+    check_static(static_records)
+    check_tail(tail)
     written = 0
 
     def put(*parts: Octets) -> None:
@@ -125,7 +125,7 @@ def _has_data(word: int) -> bool:
     return kind in TYPES_WITH_DATA
 
 
-def _check_static(static_records: Octets) -> None:
+def check_static(static_records: Octets) -> None:
     if bytes(static_records[:8]) != IMAGE_MARKER or len(static_records) < HEADERS_SIZE:
         raise StreamError("the static records do not begin with the image and domain header")
     split = split_records(memoryview(static_records)[HEADERS_SIZE:])
@@ -133,7 +133,7 @@ def _check_static(static_records: Octets) -> None:
         raise StreamError("the static records do not end with STATIC_DATA_END")
 
 
-def _check_tail(tail: Octets) -> None:
+def check_tail(tail: Octets) -> None:
     for record_type, _ in split_records(tail):
         if record_type in (RecordType.END, RecordType.CHECKPOINT) or record_type & OPTIONAL:
             raise StreamError(f"a record of type {record_type:#x} has no place in the tail")

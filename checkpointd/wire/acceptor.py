@@ -51,6 +51,7 @@ class Peer:
 
     key: bytes  # the public key that the handshake proved, 40 octets of Z85
     route: bytes  # of this connection, given by the router
+    address: str = ""  # the other machine's IP address, as TCP has it
 
     def __str__(self) -> str:
         return f"peer {self.key.decode('ascii')} ({self.route.hex()})"
@@ -235,8 +236,8 @@ def _peer(route: zmq.Frame, parts: list[zmq.Frame]) -> Peer:
     """Who sent this. Every message of a router has User-Id: the authenticator gave it, or there was
     no handshake.
     """
-    user = parts[0].get("User-Id")
-    return Peer(str(user).encode("ascii"), route.bytes)
+    user, address = parts[0].get("User-Id"), parts[0].get("Peer-Address")
+    return Peer(str(user).encode("ascii"), route.bytes, str(address))
 
 
 def _send(socket: Socket, parts: list[Octets]) -> Sent:

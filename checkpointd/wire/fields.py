@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 I64_MIN = -(1 << 63)
 I64_MAX = (1 << 63) - 1
+SETTING_MAX = 32 << 10  # characters: a toolstack's own description of a domain has some KiB
 
 
 def one_line(text: str, limit: int) -> str:
@@ -128,7 +129,7 @@ class Fields:
         return Fields(self._take(field), f"{self._name}.{field}")
 
     def settings(self, field: str, entries: int) -> dict[str, str | int | bool]:
-        """A mapping of names (1..64 characters) to text (<= 4096), 64-bit integers or booleans."""
+        """A mapping of names (1..64 characters) to text (<= 32768), 64-bit integers or booleans."""
         value = self._take(field)
         if not isinstance(value, dict) or len(value) > entries:
             self.fail(field, f"is not an object of at most {entries} entries")
@@ -136,7 +137,7 @@ class Fields:
             self._checked_text(field, name, 64, 1)
             inner = f"{field}.{name}"
             if isinstance(setting, str):
-                self._checked_text(inner, setting, 4096, 0)
+                self._checked_text(inner, setting, SETTING_MAX, 0)
             elif isinstance(setting, bool):
                 continue
             elif not isinstance(setting, int) or not I64_MIN <= setting <= I64_MAX:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Octets: TypeAlias = bytes | bytearray | memoryview
 
 MAGIC: Final = 0x314B4843  # "CHK1" as octets
-VERSION: Final = 1
+VERSION: Final = 2
 HEADER_BYTES: Final = 64
 FLAG: Final = 1  # the one flag of a kind that has one; section 3 says what it means there
 NO_DIGEST: Final = bytes(16)
@@ -66,6 +66,8 @@ class Kind(IntEnum):
     QUERY = 0x03
     RETIRE = 0x04
     END = 0x05
+    ENGINE_LOST = 0x06
+    CHECK = 0x20
 
     WELCOME = 0x41
     REFUSED = 0x42
@@ -75,6 +77,8 @@ class Kind(IntEnum):
     COMMITTED = 0x46
     FULL_COPY_WANTED = 0x47
     RETIRED = 0x48
+    ENGINE_LOST_HEARD = 0x49
+    CHECKED = 0x60
 
     PAGES = 0x81
     ZERO = 0x82
@@ -138,6 +142,7 @@ _SHAPES: Final = {
     Kind.QUERY: _shape("epoch part"),
     Kind.RETIRE: _json(),
     Kind.END: _json(),
+    Kind.ENGINE_LOST: _json(),
     Kind.WELCOME: _json(),
     Kind.REFUSED: _json(),
     Kind.ECHO: _shape("epoch flags", low=16, high=16),
@@ -146,6 +151,9 @@ _SHAPES: Final = {
     Kind.COMMITTED: _shape("epoch", low=16, high=16),
     Kind.FULL_COPY_WANTED: _json(),
     Kind.RETIRED: _shape(),
+    Kind.ENGINE_LOST_HEARD: _shape(),
+    Kind.CHECK: _json(),
+    Kind.CHECKED: _json(),
     Kind.PAGES: _shape(_IN_PART, low=16, high=BULK_PAYLOAD_MAX, unit=8),
     Kind.ZERO: _shape(_IN_PART, low=8, high=BULK_PAYLOAD_MAX, unit=8),
     Kind.GONE: _shape(_IN_PART, low=8, high=BULK_PAYLOAD_MAX, unit=8),

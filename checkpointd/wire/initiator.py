@@ -52,7 +52,8 @@ _FINAL_EVENTS: Final = (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAI
 DENIED_REDIAL_MS: Final = 1000
 REDIAL_MS: Final = 5000
 
-_TROUBLE: Final[dict[int, str]] = {
+# What each of these events means to a person; {} is the endpoint.
+TROUBLE: Final[dict[int, str]] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "{} denies this side's key: allow it there, with"
     " `checkpointd keys trust` and the key that `checkpointd keys show` prints here",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "{} does not complete the handshake: is it checkpointd's"
@@ -241,10 +242,10 @@ class ControlLink:
             elif event == zmq.EVENT_CONNECT_RETRIED:
                 # It says the least, and must not hide why the last handshake failed.
                 if not self._handshake_failed:
-                    self._set_trouble(_TROUBLE[event])
+                    self._set_trouble(TROUBLE[event])
             elif self._session.connected or event != zmq.EVENT_DISCONNECTED:
                 self._handshake_failed = event != zmq.EVENT_DISCONNECTED
-                self._set_trouble(_TROUBLE[event])
+                self._set_trouble(TROUBLE[event])
                 self._session.disconnect()
                 if event in _FINAL_EVENTS:
                     self._redial_in(DENIED_REDIAL_MS)

@@ -12,10 +12,13 @@ import re
 import struct
 import uuid
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias, assert_never
 
 from checkpointd.hypervisor.port import DomainInfo, EndReason, HostIdentity
-from checkpointd.wire import fields
+from checkpointd.wire import checks, fields
+from checkpointd.wire.checks import Check as Check
+from checkpointd.wire.checks import Checked as Checked
 from checkpointd.wire.frames import FLAG, U32_MAX, Channel, FrameError, Header, Kind, pack, split
 
 if TYPE_CHECKING:
@@ -84,6 +87,22 @@ class End:
     reason: EndReason
 
 
+class LeftGuest(StrEnum):
+    """What an engine that was lost has left its guest as. One that has ended is told by End."""
+
+    RUNNING = "running"  # its output is as it was: shut
+    STOPPED = "stopped"  # it could not be resumed yet, or is paused
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """From the watcher of the primary's machine: the session's engine is gone, its host is not."""
+
+    uuid: str  # of the guest: a secondary that has begun anew knows no session
+    guest: LeftGuest
+    detail: str  # for the person: how the engine was lost, and what was done
+
+
 @dataclass(frozen=True, slots=True)
 class Welcome:
     session: int
@@ -143,10 +162,18 @@ class Retired:
     session: int
 
 
-FromPrimary: TypeAlias = Hello | Heartbeat | Query | Retire | End
+@dataclass(frozen=True, slots=True)
+class EngineLostHeard:
+    """The guest was not taken over, and a new engine is waited for."""
+
+    session: int
+
+
+FromPrimary: TypeAlias = Hello | Heartbeat | Query | Retire | End | Check | EngineLost
 FromSecondary: TypeAlias = (
-    Welcome | Refused | Echo | Ack | Missing | Committed | FullCopyWanted | Retired
-)
+    Welcome | Refused | Echo | Ack | Missing | Committed | FullCopyWanted | Retired | Checked
+    | EngineLostHeard
+)  # fmt: skip
 Message: TypeAlias = FromPrimary | FromSecondary
 
 
@@ -170,6 +197,9 @@ def encode(message: Message, *, session: int, term: int) -> list[bytes]:
             kind, payload = Kind.RETIRE, _reason(message.reason)
         case End():
             kind, payload = Kind.END, _reason(message.reason.value)
+        case EngineLost():
+            detail = fields.one_line(message.detail, TEXT_MAX)
+            kind, payload = Kind.ENGINE_LOST, fields.dumps({**asdict(message), "detail": detail})
         case Welcome():
             kind, payload = Kind.WELCOME, _encode_welcome(message)
         case Refused():
@@ -194,6 +224,12 @@ def encode(message: Message, *, session: int, term: int) -> list[bytes]:
             kind, payload = Kind.FULL_COPY_WANTED, _reason(message.reason)
         case Retired():
             kind = Kind.RETIRED
+        case EngineLostHeard():
+            kind = Kind.ENGINE_LOST_HEARD
+        case Check():
+            kind, payload = Kind.CHECK, checks.encode_check(message)
+        case Checked():
+            kind, payload = Kind.CHECKED, checks.encode_checked(message)
         case _:
             assert_never(message)
     header = Header(kind, session, term, epoch, part, flags=flags, length=len(payload))
@@ -223,6 +259,8 @@ def decode_payload(header: Header, payload: Octets) -> Message:
             return Retire(_decode_reason(header, payload))
         case Kind.END:
             return End(_end_reason(_decode_reason(header, payload)))
+        case Kind.ENGINE_LOST:
+            return _decode_engine_lost(_json(header, payload))
         case Kind.WELCOME:
             return _decode_welcome(header, _json(header, payload))
         case Kind.REFUSED:
@@ -247,6 +285,12 @@ def decode_payload(header: Header, payload: Octets) -> Message:
             return FullCopyWanted(_decode_reason(header, payload))
         case Kind.RETIRED:
             return Retired(header.session)
+        case Kind.CHECK:
+            return checks.decode_check(_json(header, payload))
+        case Kind.CHECKED:
+            return checks.decode_checked(_json(header, payload))
+        case Kind.ENGINE_LOST_HEARD:
+            return EngineLostHeard(header.session)
     raise FrameError("kind", f"{header.kind.name} is no control message")
 
 
@@ -257,8 +301,14 @@ def _as_sent(message: Message) -> Message:
             return Retire(fields.one_line(reason, TEXT_MAX))
         case FullCopyWanted(reason):
             return FullCopyWanted(fields.one_line(reason, TEXT_MAX))
+        case EngineLost(guest_uuid, guest, detail):
+            return EngineLost(guest_uuid, guest, fields.one_line(detail, TEXT_MAX))
         case Refused(session, term, code, text):
             return Refused(session, term, code, fields.one_line(text, TEXT_MAX))
+        case Check(uuid=ident, name=name):
+            return Check(ident, fields.one_line(name, checks.NAME_MAX))
+        case Checked():
+            return checks.as_sent(message)
     return message
 
 
@@ -296,6 +346,33 @@ def _end_reason(text: str) -> EndReason:
         raise FrameError("END.reason", f"is none of {', '.join(EndReason)}") from None
 
 
+def _decode_engine_lost(document: fields.Fields) -> EngineLost:
+    lost = EngineLost(
+        _uuid(document),
+        _left_guest(document),
+        document.text("detail", TEXT_MAX),
+    )
+    document.done()
+    return lost
+
+
+def _left_guest(document: fields.Fields) -> LeftGuest:
+    try:
+        return LeftGuest(document.text("guest", 32))
+    except ValueError:
+        document.fail("guest", f"is none of {', '.join(LeftGuest)}")
+
+
+def _uuid(document: fields.Fields) -> str:
+    text = document.text("uuid", 36)
+    try:
+        if str(uuid.UUID(text)) != text:
+            document.fail("uuid", "is not in canonical form")
+    except ValueError:
+        document.fail("uuid", "is not a UUID")
+    return text
+
+
 def _encode_hello(hello: Hello) -> bytes:
     info = asdict(replace(hello.info, config={}))  # asdict cannot copy every mapping
     return fields.dumps(
@@ -326,15 +403,10 @@ def _decode_hello(header: Header, document: fields.Fields) -> Hello:
 
 
 def _decode_info(document: fields.Fields) -> DomainInfo:
-    text = document.text("uuid", 36)
-    try:
-        if str(uuid.UUID(text)) != text:
-            document.fail("uuid", "is not in canonical form")
-    except ValueError:
-        document.fail("uuid", "is not a UUID")
+    guest_uuid = _uuid(document)
     nr_pfns = document.integer("nr_pfns", 1, PFNS_MAX)
     info = DomainInfo(
-        uuid=text,
+        uuid=guest_uuid,
         domid=document.integer("domid", 0, DOMID_MAX),
         name=document.text("name", 256),
         nr_pfns=nr_pfns,
@@ -350,7 +422,7 @@ def _decode_info(document: fields.Fields) -> DomainInfo:
 def _decode_identity(document: fields.Fields) -> HostIdentity:
     identity = HostIdentity(
         boot_id=document.text("boot_id", 64),
-        pid=document.integer("pid", 1, (1 << 31) - 1),
+        pid=document.integer("pid", 0, (1 << 31) - 1),
         start_time=document.integer("start_time"),
         control=document.text("control", 256),
     )

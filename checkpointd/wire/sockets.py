@@ -7,14 +7,13 @@ in.
 from __future__ import annotations
 
 import ipaddress
-import re
 import resource
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import zmq
 
-from checkpointd.errors import UsageError, WireError
+from checkpointd.errors import WireError
 from checkpointd.wire.frames import BULK_PAYLOAD_MAX, CONTROL_PAYLOAD_MAX
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
 CONTROL_PORT: Final = 10946
 BULK_PORT: Final = 10947
 ZAP_DOMAIN: Final = b"checkpointd"
-_ADDRESS: Final = re.compile(
-    r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5})(?::([0-9]{1,5}))?)?"
-)
 
 # CURVE wraps each frame in 33 octets (ZeroMQ RFC 26: name 8, nonce 8, box 16, flags 1), and the
 # limit is on the wrapped frame; 64 leaves some room.
@@ -66,36 +62,8 @@ class Endpoint:
     control_port: int = CONTROL_PORT
     bulk_port: int = BULK_PORT
 
-    @property
-    def loopback(self) -> bool:
-        return is_loopback(self.host)
-
     def __str__(self) -> str:
         return f"{_bracketed(self.host)}:{self.control_port}:{self.bulk_port}"
-
-
-def parse_address(text: str) -> tuple[str, int, int]:
-    """Host, control port and bulk port of HOST[:CONTROL[:BULK]], IPv6 in brackets; UsageError.
-
-    Without a bulk port it is the control port plus one.
-    """
-    fault = UsageError(
-        f"{text!r} is not HOST[:CONTROL_PORT[:BULK_PORT]]: two ports of 1-65535, IPv6 in brackets"
-    )
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
-        raise fault
-    literal, name, control_text, bulk_text = match.groups()
-    control = int(control_text or CONTROL_PORT)
-    bulk = int(bulk_text or control + 1)
-    if not 0 < control < 65536 or not 0 < bulk < 65536 or control == bulk:
-        raise fault
-    if literal:
-        try:
-            ipaddress.IPv6Address(literal)
-        except ValueError:
-            raise fault from None
-    return literal or name, control, bulk
 
 
 def is_loopback(host: str) -> bool:

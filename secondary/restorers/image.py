@@ -19,9 +19,15 @@ class ImageRestorer:
         self._hypervisor = hypervisor
         self._incoming: Incoming | None = None
 
+    def begin(self, info: DomainInfo, static_records: bytes) -> None:
+        """Nothing: start() is told."""
+
     def prepare(self, info: DomainInfo, replica: Replica) -> None:
         if self._incoming is None:
             self._incoming = self._hypervisor.prepare(info, replica.fd)
+
+    def committed(self, replica: Replica) -> None:
+        """Nothing: the domain's memory is the image."""
 
     def start(self, info: DomainInfo, replica: Replica, *, paused: bool) -> DomainInfo:
         if replica.state is not State.WHOLE:
@@ -37,6 +43,9 @@ class ImageRestorer:
             raise
         self._incoming = None
         return started
+
+    def status(self) -> dict[str, object]:
+        return {}
 
     def discard(self) -> None:
         if self._incoming is not None:

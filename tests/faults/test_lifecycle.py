@@ -65,11 +65,19 @@ def test_dropped_output_is_an_alarm_once_for_each_burst(
     before, raised = alarms(), []
     with caplog.at_level("ERROR", "checkpointd"):
         for dropped in (3, 5, 5, 6):  # a burst of two looks, a quiet one, another burst
-            engine.service._watch_output(OutputStats(9, 900, 1000, dropped, 0, shut=True))
+            engine.service._figures.output(OutputStats(9, 900, 1000, dropped, 0, shut=True))
             raised.append(alarms() - before)
     assert raised == [1, 1, 1, 2]
     assert "dropped 3 packets" in caplog.text
     assert engine.service.status()["output_dropped"] == 6
+
+
+def test_what_was_allowed_in_spite_of_its_danger_shows_in_status(pair: Pair) -> None:
+    guest = pair.guest()
+    standby = pair.standby(unsafe_no_fencing=True, unsafe_untested_xen=True)
+    engine = pair.engine(guest, standby, unsafe_disk=True, unsafe_output=True)
+    assert engine.service.status()["unsafe"] == ["--unsafe-disk", "--unsafe-output"]
+    assert standby.service.status()["unsafe"] == ["--unsafe-untested-xen", "--unsafe-no-fencing"]
 
 
 def again(pair: Pair, guest: Guest, standby: Standby) -> None:
@@ -363,6 +371,6 @@ def test_a_standby_that_cannot_fence_does_not_activate(pair: Pair) -> None:
     engine.committed()
     guest.kill()
     standby.wait(guest, "failed")
-    assert "another boot" in standby.alarm(guest)
+    assert "--fence-command" in standby.alarm(guest)
     assert "not activated" in standby.alarm(guest)
     assert "active" not in standby.states

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from embedded_sides import Side
@@ -24,11 +24,42 @@ def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.fixture(params=[Adapter], ids=["embedded"])
-def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Adapter]:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--adapter",
+        choices=["embedded", "xen"],
+        default="embedded",
+        help="which adapter the conformance tests of the hypervisor port run on; xen: in dom0",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "embedded_only(reason): what the toolstack of a Xen guest cannot be told to do, or does elsewhere",
+    )
+
+
+def make_adapter(kind: str, directory: Path) -> Any:
+    """Any: the tests use what both have, and each its own where they are marked so."""
+    if kind == "embedded":
+        return Adapter(directory)
+    from xen_adapter import XenAdapter  # only where there is a Xen
+
+    return XenAdapter(directory)
+
+
+@pytest.fixture
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """Of the hypervisor port: what its conformance tests (test_port_*.py) run on."""
+    kind = request.config.getoption("--adapter", "embedded")
+    mark = request.node.get_closest_marker("embedded_only")
+    if kind != "embedded" and mark is not None:
+        pytest.skip(mark.args[0])
+    if kind != "embedded":
+        make_adapter(kind, tmp_path)  # Xen's libraries are opened once a process
     before = open_fds()
-    adapter = request.param(tmp_path)
+    adapter = make_adapter(kind, tmp_path)
     try:
         yield adapter
     finally:

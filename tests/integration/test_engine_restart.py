@@ -115,10 +115,10 @@ def test_words_of_a_session_that_was_given_up_are_not_about_the_next(
         busy, go = threading.Event(), threading.Event()
         take = service._taker.take
 
-        def held(index: int, *, close_output: bool) -> Outcome:
+        def held(index: int, *, close_output: bool, stay: bool = False) -> Outcome:
             busy.set()
             assert go.wait(LIMIT)
-            return take(index, close_output=close_output)
+            return take(index, close_output=close_output, stay=stay)
 
         service._taker.take = held  # type: ignore[method-assign]  # keeps the loop busy
         assert busy.wait(LIMIT)

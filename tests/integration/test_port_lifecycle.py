@@ -11,8 +11,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from hosts import PATIENCE, SECOND, free_port, stop_host, wait_step
-from port_adapters import CLEAN, PEEK, page, silent, talk
+from hosts import PATIENCE, SECOND, free_port, wait_step
+from port_adapters import CLEAN, CONTEXT_ROOM, PEEK, page, silent, talk
 
 from checkpointd.errors import DomainBusyError, HypervisorError, NoSuchDomainError
 from checkpointd.hypervisor.embedded import toolstack
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 def test_a_guest_is_found_by_domid_and_by_uuid(adapter: Adapter) -> None:
-    info = adapter.guest(domid=7, name="web")
+    info = adapter.guest(name="web")
     hypervisor = adapter.hypervisor
-    assert hypervisor.domains() == [info]
-    assert hypervisor.find(domid=7) == hypervisor.find(uuid=info.uuid) == info
-    assert (info.name, info.nr_pfns, info.ram_pages, info.hypervisor) == (
-        "web",
-        1024,
-        1024,
-        hypervisor.name,
-    )
-    with pytest.raises(NoSuchDomainError, match=r"7 \(web"):
-        hypervisor.find(domid=8)
+    assert [found.domid for found in hypervisor.domains() if found.uuid == info.uuid] == [
+        info.domid
+    ]
+    found = hypervisor.find(domid=info.domid)
+    assert found == hypervisor.find(uuid=info.uuid)
+    assert (found.uuid, found.name, found.nr_pfns) == (info.uuid, "web", info.nr_pfns)
+    assert found.hypervisor == hypervisor.name
+    assert 0 < found.ram_pages <= found.nr_pfns
+    with pytest.raises(NoSuchDomainError, match=rf"{info.domid} \(web"):
+        hypervisor.find(domid=0x7FEE)
 
 
 def test_one_engine_at_a_time(adapter: Adapter) -> None:
@@ -52,6 +52,7 @@ def test_one_engine_at_a_time(adapter: Adapter) -> None:
     adapter.attach(info)  # close() has detached when it returns
 
 
+@pytest.mark.embedded_only("reads the embedded guest's own step counter")
 def test_a_suspended_guest_stands_still_and_goes_on(adapter: Adapter) -> None:
     info = adapter.guest("dirty:100@100")
     _, table = adapter.attach(info)
@@ -74,25 +75,36 @@ def test_a_suspended_guest_stands_still_and_goes_on(adapter: Adapter) -> None:
 
 
 def test_only_a_suspended_guest_has_a_context_and_closes_output(adapter: Adapter) -> None:
-    _, table = adapter.attach(adapter.guest())
-    buffer = ffi.new("uint8_t[]", 4096)
+    info = adapter.guest("dirty:100@100")
+    _, table = adapter.attach(info)
+    buffer = ffi.new("uint8_t[]", CONTEXT_ROOM)
     closed = ffi.new("uint64_t *")
-    assert table.table.context(table.table.domain, buffer, 4096) == -errno.EINVAL
+    assert table.table.context(table.table.domain, buffer, CONTEXT_ROOM) == -errno.EINVAL
     assert table.table.output_close(table.table.domain, closed) == -errno.EINVAL
     assert table.suspend() == 0
     assert table.table.context(table.table.domain, buffer, 10) == -errno.ENOSPC
+    assert table.context() == table.context()
+    first = table.close_output()
+    assert table.close_output() == first + 1
+    assert table.resume() == 0
+    adapter.wait_running(info)
 
 
 def test_a_suspend_that_times_out_is_withdrawn(adapter: Adapter) -> None:
     info = adapter.guest("dirty:100@100")
     _, table = adapter.attach(info)
-    stop_host(info)
+    adapter.stop(info)
     assert table.suspend(SECOND // 20) == -errno.ETIMEDOUT
-    os.kill(info.host.pid, signal.SIGCONT)
-    wait_step(info, toolstack.look(info).step + 100)  # it runs
+    assert table.resume() == 0
+    adapter.go_on(info)
+    adapter.wait_running(info)
     assert table.suspend() == 0
+    assert table.resume() == 0
 
 
+@pytest.mark.embedded_only(
+    "a paused Xen guest cannot bring its drivers to rest: it cannot be suspended"
+)
 def test_the_operators_pause_outlasts_engines(adapter: Adapter) -> None:
     info = adapter.guest("dirty:100@100")
     domain, table = adapter.attach(info)
@@ -110,6 +122,7 @@ def test_the_operators_pause_outlasts_engines(adapter: Adapter) -> None:
     wait_step(info, view.step + 1)
 
 
+@pytest.mark.embedded_only("the embedded guest is told by a datagram")
 @pytest.mark.parametrize("verb", ["poweroff", "crash"])
 def test_an_end_is_told_from_a_loss(adapter: Adapter, client: socket.socket, verb: str) -> None:
     port = free_port()
@@ -124,13 +137,13 @@ def test_an_end_is_told_from_a_loss(adapter: Adapter, client: socket.socket, ver
 def test_destroyed(adapter: Adapter) -> None:
     info = adapter.guest()
     domain, table = adapter.attach(info)
-    toolstack.destroy(info)
+    adapter.destroy(info)
     assert select.select([domain], [], [], PATIENCE)[0]
     assert domain.ended() is EndReason.DESTROYED
     assert table.suspend() == -errno.ESHUTDOWN
-    assert adapter.processes[0].wait(PATIENCE) == 0
 
 
+@pytest.mark.embedded_only("Xen is the host: we are gone with it")
 @pytest.mark.parametrize("suspended", [False, True])
 def test_a_lost_host_hangs_nobody(adapter: Adapter, suspended: bool) -> None:
     info = adapter.guest()
@@ -168,6 +181,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.embedded_only("tests/xen has the same with the watcher")
 def test_the_death_of_an_engine_leaves_the_guest_running_and_its_output_shut(
     adapter: Adapter, tmp_path: Path, client: socket.socket
 ) -> None:
@@ -212,6 +226,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.embedded_only("Xen takes no lock that a process could die with")
 def test_an_engine_that_dies_in_a_harvest_does_not_stop_the_guest(
     adapter: Adapter, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import os
 import struct
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from checkpointd.authority.fence import FenceResult, HostView
 from checkpointd.authority.terms import Role, TermStore
 from checkpointd.daemon.config import SecondaryOptions
 from checkpointd.daemon.metrics import SecondaryMetrics
+from checkpointd.errors import HypervisorError
 from checkpointd.hypervisor.port import DomainInfo, EndReason, HostIdentity
 from checkpointd.native import DigestKey
 from checkpointd.secondary.service import SecondaryService
@@ -31,6 +33,7 @@ from checkpointd.wire.bulk import BulkLink
 from checkpointd.wire.frames import Header, Kind, PartEnd, seal
 from checkpointd.wire.initiator import ControlLink
 from checkpointd.wire.keys import loopback_pair
+from checkpointd.wire.notices import Notices
 from checkpointd.wire.sockets import Contexts, Endpoint
 
 if TYPE_CHECKING:
@@ -86,6 +89,8 @@ class FakeHypervisor:
 
     def __init__(self) -> None:
         self.started: list[tuple[DomainInfo, bytes, bytes]] = []
+        self.trouble: Exception | None = None  # why no guest can be started
+        self.failed = 0  # starts that met it
 
     def domains(self) -> list[DomainInfo]:
         return [info for info, _, _ in self.started]
@@ -98,6 +103,9 @@ class FakeHypervisor:
             def start(
                 self, context: bytes, populated: bytes, *, paused: bool = False
             ) -> DomainInfo:
+                if hypervisor.trouble is not None:
+                    hypervisor.failed += 1
+                    raise hypervisor.trouble
                 memory = os.pread(fd, NR_PFNS * 4096, 0)
                 os.close(fd)
                 hypervisor.started.append((info, memory, context))
@@ -113,13 +121,13 @@ class Secondary:
     def __init__(self, directory: Path, contexts: Contexts, keys: KeyStore, **more: Any) -> None:
         self.hypervisor = FakeHypervisor()
         self.fence = FakeFence()
+        played = not more.pop("own_fence", False)
         self.terms = TermStore(directory / "terms")
         self.metrics = SecondaryMetrics(list(State))
         self.failures: list[BaseException] = []
         options = SecondaryOptions(
             state_dir=directory, run_dir=directory, control_port=0, bulk_port=0,
-            silence=SILENCE_NS, engine_restart=0, keep_images=directory / "keep",
-            **more,
+            silence=SILENCE_NS, keep_images=directory / "keep", **{"engine_restart": 0, **more},
         )  # fmt: skip
         self.service = SecondaryService(
             options,
@@ -128,7 +136,7 @@ class Secondary:
             keys=keys,
             terms=self.terms,
             metrics=self.metrics,
-            make_fence=lambda _: self.fence,
+            make_fence=(lambda *_: self.fence) if played else None,
         )
         self.ports = self.service.ports
         self._thread = threading.Thread(target=self._run)
@@ -251,6 +259,12 @@ class Lab:
         )
         return self.engines[-1]
 
+    def watcher(self, session: int = 7, term: int = 1) -> Notices:
+        """What speaks for a dead engine. The test closes it."""
+        keys = self.primary_keys
+        endpoint = Endpoint("127.0.0.1", keys.trusted()["loopback"], *self.secondary.ports)
+        return Notices(self.contexts.control, endpoint, keys.own(), session=session, term=term)
+
     def restart_secondary(self, **options: Any) -> None:
         started = self.secondary.hypervisor
         self.secondary.close()
@@ -362,6 +376,132 @@ def test_without_a_fence_nothing_is_activated_and_a_returning_primary_goes_on(la
     back.protect(2, fill=2)
     lab.secondary.wait_state(State.STANDBY)
     assert lab.secondary.hypervisor.started == []
+
+
+@pytest.mark.parametrize(
+    "trouble", [HypervisorError("not enough free memory"), KeyError("a mistake of ours")]
+)
+def test_a_fenced_guest_that_cannot_be_started_holds_up_the_end(
+    lab: Lab, caplog: pytest.LogCaptureFixture, trouble: Exception
+) -> None:
+    """`systemctl restart` of a standby that has the only copy of a guest there is."""
+    hypervisor = lab.secondary.hypervisor
+    hypervisor.trouble = trouble
+    engine = lab.engine()
+    engine.protect()
+    engine.close()
+    lab.secondary.wait_state(State.FAILED)
+    lab.secondary.service.stop()
+    failed = hypervisor.failed
+    lives = lab.secondary._thread.is_alive
+    eventually(lambda: hypervisor.failed > failed + 1 or not lives(), "two more starts")
+    (told,) = [text for text in caplog.messages if "not ending yet: its old guest is stopped" in text]
+    assert "epoch 1 is here alone; mend this" in told
+    assert str(trouble) in told
+    assert f"kill -KILL {os.getpid()}" in told
+    assert lab.secondary.service.status()["stopping"]
+    hypervisor.trouble = None
+    eventually(lambda: not lives(), "the end")
+    ((info, memory, _),) = hypervisor.started
+    assert (info, page_of(memory, 1)) == (INFO, b"\1" * 4096)
+
+
+def test_that_a_guest_could_not_be_fenced_is_told_from_the_beginning(lab: Lab) -> None:
+    lab.restart_secondary(own_fence=True)
+    engine = lab.engine()
+    engine.protect()
+    domain = lab.secondary.domain()
+    assert "nothing here can stop g on 127.0.0.1: give --fence-command" in domain["no_fence"]
+    assert domain["no_fence"] in domain["alarm"]
+    engine.close()
+    assert "--fence-command" in lab.secondary.wait_state(State.FAILED)["reason"]
+
+
+def test_a_fence_command_lets_the_guest_go_on(lab: Lab) -> None:
+    lab.restart_secondary(own_fence=True, fence_command=("/bin/echo", "outlet 4 is off"))
+    engine = lab.engine()
+    engine.protect()
+    assert lab.secondary.domain()["no_fence"] is None
+    engine.close()
+    lab.secondary.wait_state(State.ACTIVE)
+
+
+LOST = m.EngineLost(INFO.uuid, m.LeftGuest.RUNNING, "engine 4711 died")
+
+
+def answered(watcher: Notices, word: m.FromPrimary, kind: type[m.Message]) -> Any:
+    """Say it as a watcher does until there is such an answer."""
+    found: list[m.Message] = []
+
+    def said() -> bool:
+        watcher.say(word)
+        time.sleep(0.05)
+        found.extend(answer for answer in watcher.heard() if isinstance(answer, kind))
+        return bool(found)
+
+    eventually(said, kind.__name__)
+    return found[0]
+
+
+def test_a_watcher_keeps_the_standby_waiting_for_a_new_engine(lab: Lab) -> None:
+    lab.restart_secondary(engine_restart=3600 * SILENCE_NS)
+    lab.secondary.fence.view = HostView(None, None, "it cannot be looked at")
+    engine = lab.engine()
+    engine.protect()
+    engine.close()
+    with closing(lab.watcher()) as watcher:
+        answered(watcher, LOST, m.EngineLostHeard)
+        domain = lab.secondary.wait_state(State.ENGINE_LOST)
+        assert "the guest is running; engine 4711 died" in domain["reason"]
+        silent_at = time.monotonic() + 2 * SILENCE_NS / 1e9
+        eventually(
+            lambda: answered(watcher, LOST, m.EngineLostHeard) and time.monotonic() > silent_at,
+            "more than the silence",
+        )
+        assert lab.secondary.domain()["state"] == State.ENGINE_LOST
+        lab.engine(session=8).protect(2)
+        lab.secondary.wait_state(State.STANDBY)
+        watcher.say(LOST)  # of the old session: dropped
+    dropped = lab.secondary.service.status
+    eventually(lambda: dropped()["dropped"].get("ENGINE_LOST"), "the old session's word")
+    assert lab.secondary.domain()["state"] == State.STANDBY
+    assert lab.secondary.fence.calls == []
+
+
+def test_a_watcher_that_falls_silent_too_is_a_lost_host(lab: Lab) -> None:
+    lab.restart_secondary(engine_restart=3600 * SILENCE_NS)
+    lab.secondary.fence.view = HostView(None, None, "it cannot be looked at")
+    engine = lab.engine()
+    engine.protect()
+    engine.close()
+    with closing(lab.watcher()) as watcher:
+        answered(watcher, LOST, m.EngineLostHeard)
+        lab.secondary.wait_state(State.ENGINE_LOST)
+    lab.secondary.wait_state(State.ACTIVE)
+    assert lab.secondary.fence.calls == ["probe", "fence"]
+
+
+def test_a_watcher_learns_that_its_guest_was_taken_over(lab: Lab) -> None:
+    engine = lab.engine()
+    engine.protect()
+    engine.close()
+    with closing(lab.watcher()) as watcher:
+        refused = answered(watcher, LOST, m.Refused)  # after the limit, which is 0 here
+        assert refused.code == "active"
+    lab.secondary.wait_state(State.ACTIVE)
+    lab.restart_secondary()
+    with closing(lab.watcher()) as watcher:
+        assert answered(watcher, LOST, m.Refused).code == "active"  # of a session before this life
+
+
+def test_a_guest_that_ends_after_its_engine_is_not_activated(lab: Lab) -> None:
+    lab.restart_secondary(engine_restart=3600 * SILENCE_NS)
+    engine = lab.engine()
+    engine.protect()
+    engine.close()
+    with closing(lab.watcher()) as watcher:
+        answered(watcher, m.End(EndReason.POWEROFF), m.Retired)
+    lab.secondary.wait_state(State.RETIRED)
 
 
 @pytest.mark.parametrize("word", [m.Retire("stopped"), m.End(EndReason.POWEROFF)])

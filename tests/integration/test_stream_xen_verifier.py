@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from checkpointd.stream.convert import Converter
 from checkpointd.stream.libxl import LIBXL_IDENT, XL_MAGIC, LibxlType
 from checkpointd.stream.reader import Record
 from checkpointd.stream.records import OPTIONAL, PAGE_SIZE, Layer, RecordType
+from checkpointd.stream.remus import RemusStream
 from checkpointd.stream.verify import Report, Shape, verify
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ for line in sys.stdin:
 
 
 SAMPLES = fuzz.samples()
+XTAB = 0xF << 60
 
 
 def unpacked(package: str) -> str | None:
@@ -167,6 +170,42 @@ def test_xen_accepts_a_whole_image(xen: XenVerifier, tmp_path: Path) -> None:
     path = tmp_path / "image"
     with path.open("wb") as file:
         writer.write_image(file, fuzz.join(fuzz.hvm_start()), [(words, pages)], tail)
+    code, output = xen.verdict(path, "libxc")
+    assert code == 0, output
+
+
+def written(*, epochs: int) -> bytes:
+    """What RemusStream writes: a checkpointed stream of so many epochs, or for 0 a plain one."""
+    parts: list[bytes] = []
+    stream = RemusStream(lambda octets: parts.append(bytes(octets)))
+    stream.begin('{"c_info": {"name": "sample"}}', fuzz.join(fuzz.hvm_start()))
+    for number in range(1, max(1, epochs) + 1):
+        stream.pages(fuzz.pages(0, 1, XTAB | 2, seed=number)[1])
+        stream.zero(struct.pack("<600Q", *range(3, 603)))
+        stream.gone(struct.pack("<1500Q", *(XTAB | pfn for pfn in range(603, 2103))))
+        tail = fuzz.join(fuzz.hvm_epoch(number)[1:])
+        stream.end_epoch(tail) if epochs else stream.end(tail)
+    return b"".join(parts)
+
+
+def test_xen_accepts_a_saved_guest(xen: XenVerifier, tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(written(epochs=0))
+    code, output = xen.verdict(path, "xl")
+    assert code == 0, output
+
+
+def test_xen_accepts_the_libxc_part_of_a_recording(xen: XenVerifier, tmp_path: Path) -> None:
+    events, fault = fuzz.read([written(epochs=3)])
+    assert fault is None
+    inner = [
+        bytes(part)
+        for event in events
+        if event.position.layer is Layer.LIBXC
+        for part in writer.encode(event.content)
+    ]
+    path = tmp_path / "recorded"
+    path.write_bytes(b"".join(inner) + writer.record(RecordType.END))
     code, output = xen.verdict(path, "libxc")
     assert code == 0, output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from wire_rig import (
     wire_rig,
 )
 
-from checkpointd.wire.frames import CONTROL_PAYLOAD_MAX, Header, Kind, pack
+from checkpointd.wire.frames import CONTROL_PAYLOAD_MAX, VERSION, Header, Kind, pack
 from checkpointd.wire.keys import KeyPair, KeyStore
 from checkpointd.wire.messages import encode
 from checkpointd.wire.sockets import Endpoint, bulk_dealer, control_dealer
@@ -177,7 +178,7 @@ BROKEN = {
     "three parts": [HEAD, b"x", b"y"],
     "thousand parts": [HEAD] * 1000,
     "magic": [b"XXXX" + HEAD[4:]],
-    "version": [HEAD[:4] + b"\x02\x00" + HEAD[6:]],
+    "version": [HEAD[:4] + struct.pack("<H", VERSION + 1) + HEAD[6:]],
     "kind": [HEAD[:6] + b"\x3f\x00" + HEAD[8:]],
     "other side's kind": [pack(Header(Kind.ACK, SESSION, TERM))],
     "other socket's kind": [pack(Header(Kind.DIGESTS_WANTED, SESSION, TERM))],

@@ -3,7 +3,6 @@
  * a journal of calls, and one fault that can be armed for any passage of any function. It behaves as csrc/hypervisor.h
  * says, which includes the unkind parts: a mapping shows the frame it was made of, and a hole is a fault.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
 #include <stdbool.h>

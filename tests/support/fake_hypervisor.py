@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import errno
 import struct
-import subprocess
-import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cffi import FFI
+from fake_library import compile_library
 
 from checkpointd import native
 from checkpointd.native import Arena, Bitmap, DigestKey, Mappings, Outcome
@@ -25,29 +24,11 @@ XTAB, BROKEN = 0xF, 0xD
 CALLS = ("suspend", "resume", "harvest", "p2m", "types", "map", "unmap", "context", "output")
 KEY = DigestKey(bytes(range(32)))
 NR_PFNS = 3 * EXTENT + 100  # whole extents and a partial one; not a multiple of 64
-CSRC = Path(__file__).parents[2] / "checkpointd" / "csrc"
 
 
 def compile_fake(directory: Path) -> Any:
     """The fake hypervisor, compiled into `directory`: (ffi, lib)."""
-    library = directory / "fake_hypervisor.so"
-    compiler = sysconfig.get_config_var("CC").split()[0]
-    subprocess.run(
-        [
-            compiler,
-            "-shared",
-            "-fPIC",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            f"-I{CSRC}",
-            "-o",
-            library,
-            Path(__file__).with_suffix(".c"),
-        ],
-        check=True,
-    )
+    library = compile_library(directory, Path(__file__).with_suffix(".c"))
     ffi = FFI()
     ffi.cdef(
         """

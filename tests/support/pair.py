@@ -308,6 +308,11 @@ class Standby:
         finally:
             snapshot.close()
 
+    def owe_nobody(self) -> None:
+        """Stop as if by SIGKILL: not even a fenced guest that cannot be started is waited for."""
+        for driver in self.service._drivers.values():
+            driver.may_end = lambda: True  # type: ignore[method-assign]
+
     def stop(self) -> None:
         self.service.stop()
         self.thread.join()
@@ -385,9 +390,9 @@ class Engine:
             self.thread.start()
             self._stack = stack.pop_all()
 
-    def _taken(self, index: int, *, close_output: bool) -> Any:
+    def _taken(self, index: int, *, close_output: bool, stay: bool = False) -> Any:
         with self._between:
-            return self._take(index, close_output=close_output)
+            return self._take(index, close_output=close_output, stay=stay)
 
     @contextmanager
     def no_epochs(self) -> Iterator[None]:
@@ -421,7 +426,7 @@ class Engine:
         """Wait until all that the guest has done until now is in the replica."""
         wanted = self.epoch + 1  # the one in the making may have been harvested already
         eventually(
-            lambda: (self.service._committed or 0) >= wanted or self.thread.over,
+            lambda: (self.service._figures.committed or 0) >= wanted or self.thread.over,
             f"the commit of epoch {wanted}; {self.service.status()}",
         )
         assert not self.thread.over, (

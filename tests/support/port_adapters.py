@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from hosts import PATIENCE, SECOND
+from hosts import PATIENCE, SECOND, stop_host, wait_step
 
 from checkpointd.hypervisor.embedded import toolstack
 from checkpointd.hypervisor.embedded.fresh import FreshGuest
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PEEK, CLEAN, FINAL = lib.CK_HARVEST_PEEK, lib.CK_HARVEST_CLEAN, lib.CK_HARVEST_FINAL
 NOTAB, XTAB = 0x0, 0xF
+CONTEXT_ROOM = 1 << 16  # octets; a Xen guest's takes some 2 KiB a vcpu
 
 
 class Table:
@@ -73,8 +74,8 @@ class Table:
         return int(self.table.unmap(self.table.domain, base, count))
 
     def context(self) -> bytes:
-        buffer = ffi.new("uint8_t[]", 4096)
-        size = self.table.context(self.table.domain, buffer, 4096)
+        buffer = ffi.new("uint8_t[]", CONTEXT_ROOM)
+        size = self.table.context(self.table.domain, buffer, CONTEXT_ROOM)
         assert size > 0
         return bytes(ffi.buffer(buffer, size))
 
@@ -128,6 +129,19 @@ class Adapter:
         domain = self.hypervisor.attach(info.domid)
         self.domains.append(domain)
         return domain, Table(domain)
+
+    def stop(self, info: DomainInfo) -> None:
+        """So that it answers nothing until go_on()."""
+        stop_host(info)
+
+    def go_on(self, info: DomainInfo) -> None:
+        os.kill(info.host.pid, signal.SIGCONT)
+
+    def wait_running(self, info: DomainInfo) -> None:
+        wait_step(info, toolstack.look(info).step + 100)
+
+    def destroy(self, info: DomainInfo) -> None:
+        toolstack.destroy(info)
 
     def close(self) -> None:
         for domain in self.domains:

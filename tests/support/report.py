@@ -1,4 +1,4 @@
-"""The reports of campaigns: each replaces its own section of docs/campaigns.md."""
+"""The reports of campaigns: each replaces its own section of docs/campaigns.md, or of docs/lab.md if it ran there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CAMPAIGNS = ROOT / "docs" / "campaigns.md"
+DOCUMENTS = [ROOT / "docs" / name for name in ("campaigns.md", "lab.md")]
 
 
 def machine() -> str:
@@ -32,9 +32,12 @@ def commit() -> str:
 
 def write_section(name: str, text: str) -> None:
     """Put `text` between the markers of section `name`, which must be there."""
-    document = CAMPAIGNS.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    assert begin in document, f"{CAMPAIGNS} has no section {name}"
-    assert end in document, f"the section {name} of {CAMPAIGNS} has no end"
-    head, _, rest = document.partition(begin)
-    CAMPAIGNS.write_text(head + begin + text + end + rest.partition(end)[2], encoding="utf-8")
+    for path in DOCUMENTS:
+        document = path.read_text(encoding="utf-8")
+        if begin in document:
+            assert end in document, f"the section {name} of {path} has no end"
+            head, _, rest = document.partition(begin)
+            path.write_text(head + begin + text + end + rest.partition(end)[2], encoding="utf-8")
+            return
+    raise AssertionError(f"no document has a section {name}")

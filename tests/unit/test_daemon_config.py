@@ -172,7 +172,7 @@ def test_contradictions_of_the_secondary() -> None:
 
 def test_switches_may_be_turned_off_again() -> None:
     environ = {"CHECKPOINTD_UNSAFE_NO_FENCING": "yes"}
-    assert secondary(environ=environ).unsafe == ["unsafe-no-fencing"]
+    assert secondary(environ=environ).unsafe == ["--unsafe-no-fencing"]
     assert secondary("--unsafe-no-fencing=no", environ=environ).unsafe == []
     assert secondary("--unsafe-no-fencing").unsafe_no_fencing is True
 

@@ -170,21 +170,3 @@ def test_what_was_before_is_restored(pipe: tuple[int, int]) -> None:
     with logs.started("error", "text", pipe[1]):
         assert not logger.propagate
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
-
-
-def test_a_state_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    on_change = logs.OnChange(logging.getLogger("test"))
-    for state in ("up", "up", "down", "down", "down", "up"):
-        on_change.log("link", state, logging.WARNING, "link is %s", state)
-    on_change.log("other", "up", logging.WARNING, "other is up")
-    assert caplog.messages == ["link is up", "link is down", "link is up", "other is up"]
-    assert on_change.log("none", None, logging.WARNING, "first None") is True
-
-
-def test_states_are_bounded() -> None:
-    logger = logging.Logger("quiet", logging.CRITICAL)
-    on_change = logs.OnChange(logger)
-    for number in range(logs.STATES_KEPT + 1):
-        on_change.log(str(number), "seen", logging.INFO, "")
-    assert on_change.log("0", "seen", logging.INFO, "") is True  # forgotten, the oldest
-    assert on_change.log(str(logs.STATES_KEPT), "seen", logging.INFO, "") is False

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from checkpointd.daemon import paths
-from checkpointd.errors import StateError, UsageError
+from checkpointd.errors import StateError
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,3 @@ def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StateError, match="cannot make"):
         paths.private(tmp_path / "file")
-
-
-def test_paths_of_sockets_are_bounded() -> None:
-    longest = Path("/" + "x" * (paths.SOCKET_PATH_LIMIT - 1))
-    assert paths.socket_path(longest) == longest
-    with pytest.raises(UsageError, match="shorter --run-dir"):
-        paths.socket_path(Path(f"{longest}x"))
-    with pytest.raises(UsageError):  # octets count, not characters
-        paths.socket_path(Path("/" + "é" * 54))

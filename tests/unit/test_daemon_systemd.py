@@ -32,10 +32,10 @@ def test_messages_arrive_together(manager: socket.socket) -> None:
 
 def test_a_manager_that_does_not_read_blocks_nobody(manager: socket.socket) -> None:
     sent = 0
-    while systemd.notify(systemd.WATCHDOG):
+    while systemd.notify(systemd.STOPPING):
         sent += 1
     assert sent > 0
-    assert manager.recv(100) == b"WATCHDOG=1"
+    assert manager.recv(100) == b"STOPPING=1"
 
 
 @pytest.mark.parametrize(
@@ -44,21 +44,3 @@ def test_a_manager_that_does_not_read_blocks_nobody(manager: socket.socket) -> N
 def test_nobody_to_notify(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(os, "environ", {"NOTIFY_SOCKET": name})
     assert not systemd.notify(systemd.READY)
-
-
-@pytest.mark.parametrize(
-    ("environ", "interval"),
-    [
-        ({}, None),
-        ({"WATCHDOG_USEC": "30000000"}, 30_000_000_000),
-        ({"WATCHDOG_USEC": "5", "WATCHDOG_PID": str(os.getpid())}, 5_000),
-        ({"WATCHDOG_USEC": "5", "WATCHDOG_PID": "1"}, None),
-        ({"WATCHDOG_USEC": "0"}, None),
-        ({"WATCHDOG_USEC": "soon"}, None),
-    ],
-)
-def test_the_watchdog(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], interval: int | None
-) -> None:
-    monkeypatch.setattr(os, "environ", environ)
-    assert systemd.watchdog_interval() == interval

@@ -41,6 +41,34 @@ def test_a_page_with_another_frame_is_read_from_that_frame(
     assert guest.pause().dirty == 1, "news is told once"
 
 
+def test_a_hole_is_told_only_where_the_replica_may_have_a_page(
+    make_guest: Callable[..., Guest],
+) -> None:
+    guest = make_guest()
+    digests = bytearray(16 * NR_PFNS)
+    digests[16 * 8] = 1
+    guest.mappings.replica_has(digests)
+    guest.write(10, text(10))
+    for pfn in (7, 8):
+        guest.lib.fake_hole(guest.handle, pfn)
+    outcome = guest.pause()
+    assert (outcome.pages, outcome.gone) == (1, 1)
+    assert words_of(guest.arena.gone_pfns) == [XTAB << 60 | 8]
+    guest.carried.clear()
+    guest.lib.fake_hole(guest.handle, 10)
+    guest.fail("context")
+    assert guest.pause().status < 0, "what it told is not known to have arrived"
+    guest.heal()
+    guest.lib.fake_hole(guest.handle, 10)
+    assert guest.pause().gone == 1
+    guest.carried.clear()
+    guest.mappings.replica_has(None)
+    guest.lib.fake_hole(guest.handle, 10)
+    assert guest.pause().gone == 0
+    with pytest.raises(ValueError, match="16 octets of digests"):
+        guest.mappings.replica_has(bytes(16))
+
+
 def test_planted_a_cache_without_invalidation_reads_the_old_frame(
     make_guest: Callable[..., Guest],
 ) -> None:

@@ -247,3 +247,25 @@ def test_a_carried_epoch_is_never_staged_over(make_guest: Callable[..., Guest]) 
             stage()
     assert guest.journal() == ""
     assert staged(guest.arena) == {1: text(1)}
+
+
+def test_a_guest_that_is_to_stay_is_left_suspended(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest()
+    guest.write(5, text(5))
+    assert guest.pause(stay=True).status == 0
+    assert guest.lib.fake_suspended(guest.handle)
+    assert guest.journal() == "SpFtmxo"
+    guest.carried.clear()
+    assert guest.pause().status == 0
+    assert not guest.lib.fake_suspended(guest.handle)
+
+
+def test_a_guest_that_was_to_stay_is_resumed_if_its_pause_fails(
+    make_guest: Callable[..., Guest],
+) -> None:
+    guest = make_guest()
+    guest.write(5, text(5))
+    guest.fail("context")
+    assert guest.pause(stay=True).status == -errno.EIO
+    assert not guest.lib.fake_suspended(guest.handle)
+    assert set(guest.pending) == {5}

@@ -64,6 +64,22 @@ def test_abandoning_frees_every_arena() -> None:
     assert arenas == {0, 1}
 
 
+def test_a_guest_that_cannot_be_protected_any_longer_is_let_go_in_order() -> None:
+    """Such as for a device that was attached: the replica is retired first, and only once."""
+    machine = protected()
+    steps = machine.handle(e.Unprotectable("vif0: its output is not held"), 0)
+    assert kinds(steps) == [e.Alarm, e.Abandon, e.SayRetire]
+    assert "vif0" in str(steps[0])
+    assert not any(
+        isinstance(step, e.Alarm | e.SayRetire | e.OpenOutput)
+        for step in machine.handle(e.Unprotectable("vif0: its output is not held"), 1)
+    )
+    steps = machine.handle(e.Retired(), 2)
+    assert kinds(steps) == [e.OpenOutput, e.Finish]
+    assert isinstance(steps[1], e.Finish)
+    assert steps[1].exit_code == ProtectionLostError.exit_code
+
+
 def test_a_failed_audit_opens_a_new_session_and_copies_everything() -> None:
     machine = protected()
     assert kinds(machine.handle(e.ReplicaRejected("differs"), 0)) == [
@@ -162,6 +178,8 @@ def test_a_new_standby_cannot_retire_the_old_one_s_replica() -> None:
     assert machine.handle(e.Retired(), 30 * MS) == []
     steps = machine.handle(e.Tick(30 * MS), 6000 * MS)
     assert kinds(steps) == [e.Finish]
+    assert isinstance(steps[0], e.Finish)
+    assert steps[0].unanswered is None
 
 
 def test_unconfirmed_retirement_leaves_the_output_shut() -> None:
@@ -172,6 +190,7 @@ def test_unconfirmed_retirement_leaves_the_output_shut() -> None:
     assert isinstance(steps[0], e.Finish)
     assert steps[0].exit_code == 1
     assert "stays shut" in steps[0].text
+    assert steps[0].unanswered == e.SayRetire("stopped by its operator"), "others say it on"
 
 
 @pytest.mark.parametrize(

@@ -336,6 +336,27 @@ def test_a_failed_term_or_start_is_resumed_where_it_stood_and_never_fenced_again
     assert state(standby) is State.ACTIVE
 
 
+def test_a_guest_that_is_fenced_and_runs_nowhere_is_owed_until_it_runs_here() -> None:
+    """Its old domain is gone and its start may fail for long: to end meanwhile would throw away its only copy."""
+    standby = standing_by()
+    assert not standby.owes_guest
+    tell(standby, silence())
+    assert not standby.owes_guest, "its host may live"
+    tell(standby, ev.ProbeDone(1, DEAD, 0))
+    assert standby.owes_guest, "it is being stopped"
+    tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
+    assert not standby.owes_guest, "nothing was proved, and the primary may go on"
+    tell(standby, silence(RETRY_NS), ev.FenceDone(3, FENCED, 0))
+    assert standby.owes_guest
+    tell(standby, ev.TermFailed("disk full", 0))
+    assert (state(standby), standby.owes_guest) == (State.FAILED, True)
+    tell(standby, ev.Tick(RETRY_NS, 0), ev.TermStored(2, Role.SECONDARY_ACTIVE))
+    tell(standby, ev.StartFailed("no memory", RETRY_NS))
+    assert (state(standby), standby.owes_guest) == (State.FAILED, True)
+    tell(standby, ev.Tick(2 * RETRY_NS, 0), ev.GuestStarted(7))
+    assert not standby.owes_guest
+
+
 def refused(out: list[ev.Instruction]) -> list[str]:
     assert not of_kind(ev.SendWelcome, out)
     return [step.code for step in out if isinstance(step, ev.SendRefused)]
@@ -395,6 +416,47 @@ def test_a_guest_that_ended_is_not_brought_back(
     assert tell(standby, ev.FenceDone(2, FENCED, 0)) == []
     assert tell(standby, silence(), silence(100 * SECOND)) == []
     assert state(standby) is State.RETIRED
+
+
+@pytest.mark.parametrize("result", [FENCED, NOT_FENCED])
+def test_one_who_begins_anew_under_a_fence_that_is_under_way_is_answered_after_it(
+    result: FenceResult,
+) -> None:
+    """The guest has rebooted meanwhile: nothing is activated, but its host may be switched off this moment."""
+    standby = fencing()
+    tell(standby, ev.EndReceived(1, EndReason.REBOOT))
+    assert tell(standby, ev.EngineLostHeard(1, "killed", 0)) == []
+    assert tell(standby, hello(session=2)) == []
+    out = tell(standby, ev.FenceDone(2, result, 0))
+    assert of_kind(ev.SendWelcome, out) == [ev.SendWelcome(2, 0, None)]
+    assert state(standby) is State.SYNCING
+
+
+def test_a_guest_that_has_lived_on_in_a_higher_term_is_not_taken_back() -> None:
+    """Its output was open there: what is here is older, and is neither fenced for nor kept."""
+    standby = standing_by()
+    tell(standby, silence())
+    assert standby.handle(hello(session=2, term=2)) == [ev.StoreTerm(2, Role.NONE, 2)]
+    assert standby.handle(ev.ProbeDone(1, DEAD, 0)) == [], "no fence for the old one meanwhile"
+    tell(standby, hello())  # the old engine comes between: the word that is kept is the last one
+    (dropped, refusal) = standby.handle(ev.TermStored(2, Role.NONE))
+    assert isinstance(dropped, ev.DropReplica)
+    assert refused([refusal]) == ["term"]
+    assert tell(standby, silence(100 * SECOND)) == []
+    assert of_kind(ev.SendWelcome, tell(standby, hello(session=2, term=2))) == [
+        ev.SendWelcome(2, 0, None)
+    ]
+    assert state(standby) is State.SYNCING
+
+
+def test_a_higher_term_that_cannot_be_stored_puts_no_fence_off() -> None:
+    standby = standing_by()
+    tell(standby, silence())
+    standby.handle(hello(session=2, term=2))
+    standby.handle(ev.ProbeDone(1, DEAD, 0))
+    out = standby.handle(ev.TermFailed("disk full", 0))
+    assert refused(out) == ["state"]
+    assert of_kind(ev.Fence, out) == [ev.Fence(2)]
 
 
 def test_a_reboot_begins_protection_anew() -> None:

@@ -40,7 +40,9 @@ class Life:
     retired: bool = False  # promised: never activated
     fencing: bool = False
     fenced: bool = False
+    owed: bool = False  # fencing, or fenced and not started
     silent: bool = False  # a silent tick since the primary was last heard
+    lost_since: int | None = None  # the watcher's first word that the engine is gone
     started: bool = False
 
 
@@ -101,7 +103,23 @@ class World(RuleBasedStateMachine):
     def heard(self) -> None:
         assert self.life.session is not None
         self.life.silent = self.life.silent and self.life.machine.deaf
+        if not self.life.machine.deaf:
+            self.life.lost_since = None
         self.tell(ev.Heard(self.life.session))
+
+    @precondition(lambda self: self.life.session is not None)
+    @rule(step=st.sampled_from([0, SECOND, RESTART]), stale=st.booleans())
+    def engine_lost(self, step: int, stale: bool) -> None:
+        """The watcher is heard, and then the time passes."""
+        life = self.life
+        assert life.session is not None
+        if not stale and not life.machine.deaf:
+            life.silent = False
+            if life.lost_since is None:
+                life.lost_since = self.now
+        self.tell(ev.EngineLostHeard(life.session - int(stale), "killed", self.now))
+        self.now += step
+        self.tell(ev.Tick(self.now, 0))
 
     @rule(step=st.sampled_from([1, SECOND, 2 * RESTART]))
     def silence(self, step: int) -> None:
@@ -181,7 +199,7 @@ class World(RuleBasedStateMachine):
                 self.tell(ev.ProbeDone(attempt, HostView(*view, "seen"), self.now))
             case ev.Fence(attempt):
                 life.fencing = False
-                life.fenced = good and not life.retired
+                life.fenced = life.owed = good and not life.retired
                 self.tell(ev.FenceDone(attempt, FenceResult(good, "so"), self.now))
             case ev.StoreTerm(term, role, next_epoch) if good:
                 assert term >= self.stored.term
@@ -192,6 +210,7 @@ class World(RuleBasedStateMachine):
                 self.tell(ev.TermFailed("disk full", self.now))
             case ev.StartGuest() if good:
                 self.runs_here = life.started = True
+                life.owed = False
                 self.starts.append(self.stored.term)
                 self.tell(ev.GuestStarted(7))
             case ev.StartGuest():
@@ -217,11 +236,16 @@ class World(RuleBasedStateMachine):
     def check(self, step: ev.Instruction) -> None:
         life = self.life
         match step:
+            case ev.SendEngineLostHeard():
+                assert not life.fencing
+                assert not life.fenced
             case ev.BeginSession(session):
+                life.lost_since = None
                 _, term, resume = self.hello_now
                 life.session, life.session_term = session, term
                 life.worthless = resume
                 life.retired = False
+                life.fenced = life.fenced and not life.started  # what was started is history
                 life.started = False
             case ev.SendWelcome(session):
                 assert session == life.session
@@ -245,16 +269,18 @@ class World(RuleBasedStateMachine):
                 life.replica = None
                 life.acked.clear()
                 life.retired = life.retired or not step.keep_pages
+                life.owed = life.owed and step.keep_pages  # the guest has ended by itself
             case ev.SendRetired():
                 life.retired = True
                 assert not life.fenced
             case ev.Fence():
-                assert life.silent, "fenced a primary that is heard"
+                waited = life.lost_since is not None and self.now - life.lost_since >= RESTART
+                assert life.silent or waited, "fenced a primary that is heard"
                 assert life.replica is not None
                 assert not life.acked, "fenced before the acked epochs were audited"
                 assert not life.retired
                 assert not life.fenced
-                life.fencing = True
+                life.fencing = life.owed = True
             case ev.StoreTerm(term, Role.SECONDARY_ACTIVE):
                 assert life.fenced
                 assert term > max(self.stored.term, life.session_term), "a term used before"
@@ -267,6 +293,11 @@ class World(RuleBasedStateMachine):
                 assert not life.retired, "started a retired replica"
                 assert not life.started, "started twice"
                 assert self.stored.term not in self.starts
+
+    @invariant()
+    def a_fenced_guest_is_owed_until_it_runs_here(self) -> None:
+        if hasattr(self, "life"):
+            assert self.life.machine.owes_guest == self.life.owed
 
     @invariant()
     def reset_after_being_superseded(self) -> None:

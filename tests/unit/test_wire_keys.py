@@ -13,10 +13,10 @@ import pytest
 import zmq
 
 from checkpointd.cli import keys as command
-from checkpointd.errors import KeyFileError, UsageError
+from checkpointd.errors import KeyFileError
 from checkpointd.wire import keys
 from checkpointd.wire.keys import LOOPBACK, KeyStore, loopback_pair, parse_public, read_public
-from checkpointd.wire.sockets import Endpoint, is_loopback, parse_address, raise_file_limit
+from checkpointd.wire.sockets import is_loopback, raise_file_limit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,31 +223,6 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert KeyStore(tmp_path / "keys" / "primary").trusted() == {"standby": shown}
     with pytest.raises(KeyFileError, match="40 characters"):
         run(tmp_path, "trust", "third", str(tmp_path / "absent"))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("host", ("host", 10946, 10947)),
-        ("127.0.0.1:5000", ("127.0.0.1", 5000, 5001)),
-        ("host:5000:6000", ("host", 5000, 6000)),
-        ("[::1]", ("::1", 10946, 10947)),
-        ("[fe80::1]:5000", ("fe80::1", 5000, 5001)),
-    ],
-)
-def test_addresses(text: str, expected: tuple[str, int, int]) -> None:
-    assert parse_address(text) == expected
-    assert parse_address(str(Endpoint(expected[0], b"", expected[1], expected[2]))) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", ":5000", "host:", "host::5", "host:x", "host:0", "host:70000", "host:5:5", "::1", "[::1", "[::1]5",
-     "[x]", "a b", "tcp://host", "*", "host:65535", "hôte", "host:1:2:3"],
-)  # fmt: skip
-def test_what_is_no_address_is_told(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_address(text)
 
 
 def test_loopback_addresses() -> None:

@@ -16,12 +16,17 @@ from checkpointd.wire.frames import CONTROL_PAYLOAD_MAX, Channel, FrameError, He
 from checkpointd.wire.messages import (
     EVERYTHING,
     Ack,
+    Check,
+    Checked,
     Committed,
     Echo,
     End,
+    EngineLost,
+    EngineLostHeard,
     FullCopyWanted,
     Heartbeat,
     Hello,
+    LeftGuest,
     Message,
     Missing,
     Query,
@@ -49,6 +54,11 @@ HELLO = Hello(
     SESSION, TERM, INFO, 100_000_000, bytes(range(32)), b"static" * 50, first_epoch=1, resume=False
 )
 WELCOME = Welcome(SESSION, TERM, 7, None, True, 1 << 30, HOST)
+
+CHECKED = Checked(
+    "0.1.0", "xen", "4.17", 1 << 30, 1 << 34, "disk", 1 << 40, 1 << 29, "0183fbff:80202001", "",
+    guest_here=False, starts_at_boot=True, clock_ns=1_700_000_000_000_000_000,
+)  # fmt: skip
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -88,6 +98,14 @@ messages = st.one_of(
     st.builds(Committed, u64, u64, u32),
     st.builds(FullCopyWanted, text),
     st.builds(Retired, st.just(SESSION)),
+    st.builds(EngineLost, st.uuids().map(str), st.sampled_from(LeftGuest), text),
+    st.builds(EngineLostHeard, st.just(SESSION)),
+    st.builds(Check, st.uuids().map(str), text),
+    st.builds(
+        Checked,
+        text, st.just("xen"), text, i63, i63, st.just("memory"), i63, i63, text, text,
+        st.booleans(), st.booleans(), i63,
+    ),
     st.builds(
         Hello,
         st.just(SESSION),
@@ -136,6 +154,12 @@ def test_fixed_payloads_are_those_of_the_specification() -> None:
 
 
 def test_free_text_loses_what_cannot_travel() -> None:
+    lost = EngineLost(INFO.uuid, LeftGuest.STOPPED, "no\nmemory")
+    parts = encode(lost, session=1, term=0)
+    assert decode(parts, channel(parts))[1] == replace(lost, detail="no memory")
+    checked = replace(CHECKED, fence="the command " + 300 * "x" + "\n")
+    parts = encode(checked, session=1, term=0)
+    assert decode(parts, channel(parts))[1] == replace(checked, fence=checked.fence[:256])
     for make in (Retire, FullCopyWanted):
         parts = encode(make("disk\nfull\x1b[31m" + 2000 * "x"), session=1, term=0)
         _, message = decode(parts, channel(parts))
@@ -175,7 +199,7 @@ def test_a_message_is_not_sent_under_another_session_than_its_own() -> None:
         ("HELLO.info.nr_pfns", replace(HELLO, info=replace(INFO, nr_pfns=1 << 37))),
         ("HELLO.info.name", replace(HELLO, info=replace(INFO, name="two\nlines"))),
         ("HELLO.info.name", replace(HELLO, info=replace(INFO, name="\ud800"))),
-        ("HELLO.info.host.pid", replace(HELLO, info=replace(INFO, host=replace(HOST, pid=0)))),
+        ("HELLO.info.host.pid", replace(HELLO, info=replace(INFO, host=replace(HOST, pid=-1)))),
         ("HELLO.info.config.big", replace(HELLO, info=replace(INFO, config={"big": 1 << 64}))),
         (
             "HELLO.info.config",
@@ -238,6 +262,23 @@ def test_a_wrong_reason_is_named(field: str, payload: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("uuid", {"uuid": "me"}),
+        ("uuid", {"uuid": uuid.UUID(INFO.uuid).hex}),
+        ("guest", {"guest": "gone"}),  # an End says that
+        ("guest", {"guest": None}),
+        ("detail", {"detail": "x" * 1025}),
+        ("detail", {"detail": "two\nlines"}),
+        ("more", {"more": 1}),
+    ],
+)
+def test_a_wrong_word_of_a_lost_engine_is_named(field: str, change: dict[str, object]) -> None:
+    good = {"uuid": INFO.uuid, "guest": "running", "detail": ""}
+    assert fault(Kind.ENGINE_LOST, json.dumps({**good, **change}).encode()) == f"ENGINE_LOST.{field}"
+
+
+@pytest.mark.parametrize(
     "ranges",
     [
         "[]", "1", '["a"]', "[[1]]", "[[1,2,3]]", "[[2,1]]", "[[-1,1]]", "[[0,4294967296]]",
@@ -274,15 +315,21 @@ json_values = st.recursive(
     max_leaves=8,
 )
 json_kinds = st.sampled_from(
-    [Kind.HELLO, Kind.RETIRE, Kind.END, Kind.WELCOME, Kind.REFUSED, Kind.MISSING]
-)
+    [
+        Kind.HELLO, Kind.RETIRE, Kind.END, Kind.ENGINE_LOST, Kind.WELCOME, Kind.REFUSED, Kind.MISSING,
+        Kind.CHECK, Kind.CHECKED,
+    ]
+)  # fmt: skip
 GOOD: dict[Kind, Message] = {
     Kind.HELLO: HELLO,
     Kind.RETIRE: Retire("why"),
     Kind.END: End(EndReason.POWEROFF),
+    Kind.ENGINE_LOST: EngineLost(INFO.uuid, LeftGuest.RUNNING, "killed by signal 9"),
     Kind.WELCOME: WELCOME,
     Kind.REFUSED: Refused(SESSION, TERM, "busy", "text"),
     Kind.MISSING: Missing(0, 0, ((0, 3), (9, 9))),
+    Kind.CHECK: Check(INFO.uuid, INFO.name),
+    Kind.CHECKED: CHECKED,
 }
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpointd import faults
 from checkpointd.errors import HypervisorError
@@ -14,8 +14,11 @@ from checkpointd.hypervisor.embedded import protocol, records
 from checkpointd.hypervisor.embedded.host import REASONS
 from checkpointd.hypervisor.embedded.lib import ENGINE_POINTS, arm, ffi, lib
 from checkpointd.hypervisor.embedded.place import parse_info
-from checkpointd.hypervisor.port import DomainInfo, EndReason
+from checkpointd.hypervisor.port import Contact, DomainInfo, EndReason
 from checkpointd.output.embedded import EmbeddedOutput
+
+if TYPE_CHECKING:
+    from checkpointd.wire.messages import End, Retire
 
 
 class EmbeddedDomain:
@@ -82,6 +85,20 @@ class EmbeddedDomain:
     @property
     def output(self) -> EmbeddedOutput:
         return self._output
+
+    @property
+    def trouble(self) -> None:
+        return None
+
+    @property
+    def unsafe(self) -> list[str]:
+        return []
+
+    def tell_of_loss(self, contact: Contact) -> None:
+        """The guest's host tells whoever probes it that no engine is attached."""
+
+    def leave_word(self, word: Retire | End) -> None:
+        """Nobody is beside the host to say it."""
 
     def static_records(self) -> bytes:
         return records.static_records()

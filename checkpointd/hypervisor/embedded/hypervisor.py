@@ -12,7 +12,7 @@ from checkpointd.hypervisor.embedded.place import namespace_directory, read_doma
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from checkpointd.hypervisor.port import DomainInfo
+    from checkpointd.hypervisor.port import DomainInfo, EndReason
 
 
 class EmbeddedHypervisor:
@@ -49,6 +49,9 @@ class EmbeddedHypervisor:
 
     def attach(self, domid: int) -> EmbeddedDomain:
         return EmbeddedDomain(self.find(domid=domid))
+
+    def settle(self, info: DomainInfo, reason: EndReason | None) -> None:
+        """The guest's host has seen to it."""
 
     def prepare(self, info: DomainInfo, memory_fd: int) -> EmbeddedIncoming:
         return EmbeddedIncoming(info, memory_fd, self.namespace)

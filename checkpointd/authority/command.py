@@ -1,0 +1,127 @@
+"""Fencing by a command of the operator's: --fence-command, such as one that switches the other machine off.
+
+It runs without a shell, split into words as a shell would, and learns of whom it is about by its environment:
+
+    CHECKPOINTD_FENCE_UUID      the guest
+    CHECKPOINTD_FENCE_NAME
+    CHECKPOINTD_FENCE_DOMID     of the guest on its host
+    CHECKPOINTD_FENCE_HOST      IP address from which its primary came
+    CHECKPOINTD_FENCE_BOOT_ID   which boot of that machine: after a reboot the guest is gone
+
+Exit code 0 is taken as proof that the guest runs no more and sends nothing more: the command must wait until it knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING, Final
+
+from checkpointd.authority.fence import FenceResult, HostView
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from checkpointd.hypervisor.port import DomainInfo
+
+OUTPUT_KEPT: Final = 1024  # octets: the last lines of what it said, for a person
+READ: Final = 64 << 10  # octets at a time: all that a pipe holds
+
+
+class CommandFence:
+    """Fenced is only an exit code of 0 within the time. After anything else whatever the command has started is
+    killed: it must not switch a machine off that was found alive meanwhile.
+    """
+
+    def __init__(self, command: Sequence[str], info: DomainInfo, address: str) -> None:
+        """`address`: of the primary, as this side sees it."""
+        self._command = list(command)
+        self._address = address
+        self._environment = {
+            "CHECKPOINTD_FENCE_UUID": info.uuid,
+            "CHECKPOINTD_FENCE_NAME": info.name,
+            "CHECKPOINTD_FENCE_DOMID": str(info.domid),
+            "CHECKPOINTD_FENCE_HOST": address,
+            "CHECKPOINTD_FENCE_BOOT_ID": info.host.boot_id,
+        }
+
+    def probe(self, timeout: float) -> HostView:
+        return HostView(
+            None, None, f"nothing is heard of {self._address}, and it cannot be looked at"
+        )
+
+    def fence(self, timeout: float) -> FenceResult:
+        name = self._command[0]
+        try:
+            process = subprocess.Popen(
+                self._command,
+                env={**os.environ, **self._environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, to be killed whole
+            )
+        except OSError as error:
+            return FenceResult(False, f"--fence-command: {name} cannot be run: {error.strerror}")
+        said = b""
+        code: int | None = None
+        try:
+            said, code = _watch(process, timeout)
+        finally:
+            if code != 0:
+                _kill_group(process)
+        tail = " | ".join(said.decode("utf-8", "replace").split("\n")).strip(" |")
+        tail = f": {tail}" if tail else ""
+        if code == 0:
+            return FenceResult(True, f"{name} has fenced {self._address}{tail}")
+        how = f"did not end within {timeout:g} s" if code is None else f"failed (exit code {code})"
+        return FenceResult(False, f"--fence-command {name} for {self._address} {how}{tail}")
+
+    def close(self) -> None:
+        pass
+
+
+def _watch(process: subprocess.Popen[bytes], timeout: float) -> tuple[bytes, int | None]:
+    """The end of its output, and its exit code; None: it did not end in time.
+
+    Its end counts, not that of its output, which a child in the background may keep open.
+    """
+    assert process.stdout is not None, "it is a pipe"
+    output = process.stdout.fileno()
+    os.set_blocking(output, False)
+    deadline = time.monotonic() + timeout
+    said = b""
+    pidfd = os.pidfd_open(process.pid)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(output, select.POLLIN)
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            ready = dict(poll.poll(left * 1000))
+            data = _read(output)
+            said = (said + data)[-OUTPUT_KEPT:]
+            if pidfd in ready:
+                return said, process.wait()
+            if output in ready and not data:
+                poll.unregister(output)  # closed
+        return said, None
+    finally:
+        os.close(pidfd)
+        process.stdout.close()
+
+
+def _read(output: int) -> bytes:
+    try:
+        return os.read(output, READ)
+    except BlockingIOError:
+        return b""
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

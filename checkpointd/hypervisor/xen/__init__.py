@@ -1,0 +1,1 @@
+"""Xen: the adapter of the hypervisor port for real guests."""
