@@ -70,10 +70,11 @@ class Site:
         eventually(lambda: self.view().step > step, "a step of the guest")
 
     def protect(self, *arguments: str, secondary: tuple[str, ...] = QUICK) -> tuple[Daemon, Daemon]:
-        """(primary, secondary), and the guest protected."""
+        """(primary, secondary), the guest protected; both have said so, the secondary maybe after the primary."""
         standby = self.rig.secondary(*secondary).ready()
         primary = self.rig.primary(DOMID, "--interval", "20ms", *arguments)
         primary.state("protected")
+        standby.state("standby")
         return primary, standby
 
     def checkpointd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
