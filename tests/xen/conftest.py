@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from lab import daemons, machine, needs, provision
 from lab.places import HOSTS, ROOT, SUITES, LabError, Place
-from report import commit, write_section
+from report import commit, merge_rows, read_section, write_section
 from report import machine as this_machine
 from xen_rig import Rig
 
@@ -202,23 +202,23 @@ def pytest_runtest_makereport(
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """The report of a campaign: each test with what it came to."""
+    """The report of a campaign: each test with what it came to. What ran before, in another part of the campaign,
+    stays beside it, under the commit that it ran at.
+    """
     if not config.getoption("--record"):
         return
-    hosts, seed = config.getoption("--xen-suites"), config.getoption("--seed")
-    lines = [
-        f"Commit {commit()}; {this_machine()}; hosts {hosts}; seed {seed}.",
-        "",
-        "| test | result | s | |",
-        "|---|---|---:|---|",
-    ]
+    hosts = " to ".join(SUITES[suite].xen for suite in suites(config).values())
+    rows = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             if outcome != "passed" or report.when == "call":
                 notes = ", ".join(f"{name} {value}" for name, value in report.user_properties)
                 name = report.nodeid.removeprefix("tests/xen/")
-                lines.append(f"| `{name}` | {outcome} | {report.duration:.0f} | {notes} |")
-    write_section("runs", "\n".join([*lines, ""]))
+                rows[f"| `{name}` | {hosts} |"] = (
+                    f" {outcome} | {report.duration:.0f} | {commit()} | {notes} |"
+                )
+    head = [f"{this_machine()}.", "", "| test | Xen | result | s | commit | |", "|---|---|---|---:|---|---|"]
+    write_section("runs", "\n".join([*head, *merge_rows(read_section("runs"), rows), ""]))
 
 
 def collect(item: pytest.Item, hosts: dict[str, Machine]) -> None:
