@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from lab import fence, guests
+from lab.__main__ import parse
 from lab.guests import Guest, ticks
 from lab.machine import Machine
 from lab.places import GUEST_FILES, HOSTS, LabError, Place, digest
@@ -215,3 +216,14 @@ def test_configurations_hold_what_was_asked_for() -> None:
         assert part in text
     assert "vif" not in Guest("g").config()
     assert set(guests.SAMPLES) == {"pvh", "pvh2", "pvh-idle", "pvh-net", "pvh-disk"}
+
+
+def test_tests_of_the_lab_get_all_arguments() -> None:
+    words = ["-k", "power_failures", "--rounds", "10", "tests/xen/test_failover.py"]
+    assert parse(["campaign", *words]).for_pytest == words
+    assert parse(["--dir", "lab", "test", "-x"]).for_pytest == ["-x"]
+
+
+def test_no_other_command_takes_what_it_does_not_know() -> None:
+    with pytest.raises(SystemExit):
+        parse(["status", "-k", "x"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INTERVALS = ("500ms", "100ms")
 LOAD = Guest("loaded", pages=2048, rate=500)
+TWO = replace(LOAD, vcpus=2)
 # s of the guest's own time that a failover may take from it: what it ran after its last acked epoch. That is some
 # intervals and one ack; in software emulation, with everything at once on two cores, an ack may take seconds.
 LOST = 30.0
@@ -36,10 +37,12 @@ class Failover:
     acked: int  # epochs when the plug was pulled
 
 
-def fail_over(rig: Rig, guest: Guest, interval: str, delay: float) -> Failover:
-    """Protects a new guest of host a, pulls the plug `delay` seconds later, and checks what comes of it."""
+def fail_over(rig: Rig, guest: Guest, interval: str, delay: float, *standby: str) -> Failover:
+    """Protects a new guest of host a, pulls the plug `delay` seconds later, and checks what comes of it. `standby`:
+    further words for the secondary.
+    """
     living = rig.create(guest)
-    secondary = rig.secondary()
+    secondary = rig.secondary(*standby)
     primary = rig.primary(living, interval=interval)
     rig.protected(living, primary, epochs=5)
     there = rig.console(rig.b, guest.name)
@@ -67,17 +70,27 @@ def moments(config: pytest.Config) -> random.Random:
 
 
 @pytest.mark.loses_host
-@pytest.mark.parametrize("interval", ["500ms", "100ms"])
+@pytest.mark.parametrize(
+    ("interval", "guest", "standby"),
+    [
+        pytest.param("500ms", LOAD, (), id="500ms"),
+        pytest.param("100ms", LOAD, (), id="100ms"),
+        pytest.param("500ms", TWO, (), id="two-vcpus"),
+        pytest.param("500ms", LOAD, ("--image", "disk"), id="image-on-disk"),
+    ],
+)
 def test_power_failure(
     rig: Rig,
     interval: str,
+    guest: Guest,
+    standby: tuple[str, ...],
     pytestconfig: pytest.Config,
     record_property: Callable[[str, object], None],
 ) -> None:
     """kill -9 of host a's QEMU: the guest runs on host b from an acked epoch. Its own check passes there, over all its
     memory; its uptime goes on where it was; no tick is missing or comes twice.
     """
-    done = fail_over(rig, LOAD, interval, moments(pytestconfig).uniform(0, 2))
+    done = fail_over(rig, guest, interval, moments(pytestconfig).uniform(0, 2), *standby)
     record_property("kill_to_tick_s", round(done.kill_to_tick, 1))
 
 

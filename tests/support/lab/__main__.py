@@ -83,7 +83,7 @@ def down(place: Place, _arguments: argparse.Namespace) -> None:
 
 def test(place: Place, arguments: argparse.Namespace) -> int:
     environment = {**os.environ, ENVIRONMENT: str(place.path)}
-    command = [str(ROOT / "deploy" / "test"), arguments.which, *arguments.argument]
+    command = [str(ROOT / "deploy" / "test"), arguments.which, *arguments.for_pytest]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -129,24 +129,31 @@ def parser() -> argparse.ArgumentParser:
     )
     add("status", status, "which hosts are on")
     add("down", down, "pull all plugs and forget the hosts' disks; the images stay")
-    tests = add("test", test, "deploy/test --xen with this lab")
+    tests = add("test", test, "deploy/test --xen with this lab; arguments go to pytest, e.g. -k failover")
     tests.set_defaults(which="--xen")
-    tests.add_argument("argument", nargs=argparse.REMAINDER, help="for pytest, e.g. -k failover")
     campaign = add(
         "campaign",
         test,
-        "deploy/test --xen-campaign with this lab: full counts, reports into docs/",
+        "deploy/test --xen-campaign with this lab: full counts, reports into docs/; arguments go to pytest, "
+        "e.g. --rounds 10 -k failover",
     )
     campaign.set_defaults(which="--xen-campaign")
-    campaign.add_argument(
-        "argument", nargs=argparse.REMAINDER, help="for pytest, e.g. --rounds 10 -k failover"
-    )
     add("serve-fence", serve_fence, "the lab's fence, which boot starts")
     return top
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """argparse, but that `for_pytest` has what follows `test` or `campaign`; SystemExit for what nobody knows."""
+    # Not argparse.REMAINDER: that takes no option as the first word.
+    arguments, rest = parser().parse_known_args(words)
+    if rest and "which" not in arguments:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.for_pytest = rest
+    return arguments
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(words)
+    arguments = parse(words)
     try:
         return arguments.body(Place.open(arguments.dir), arguments) or 0
     except LabError as error:
