@@ -41,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--xen-suites", default="a:bookworm,b:bookworm", help="Debian's release of each host"
     )
+    group.addoption(
+        "--xen-cpus", type=int, help=f"processors of each host (default: what it has, or {machine.CPUS})"
+    )
     group.addoption("--keep-lab", action="store_true", help="leave the hosts on at the end")
     group.addoption(
         "--rounds", type=int, default=1, help="how often a test does what it repeats (campaign: 10)"
@@ -89,7 +92,7 @@ def ready(lab: Place, config: pytest.Config, *, keep: bool) -> dict[str, Machine
     for name in chosen:
         if not (host := machine.Machine(lab, name)).record and not host.kept:
             host.forget_disk()
-    booted = machine.boot(lab, chosen, say, kept=True)
+    booted = machine.boot(lab, chosen, say, cpus=config.getoption("--xen-cpus"), kept=True)
     for host in booted:  # first: a guest that is left would take the processor from the installation
         daemons.clear(host)
     provision.provision(booted, say)

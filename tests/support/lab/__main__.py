@@ -43,7 +43,7 @@ def boot(place: Place, arguments: argparse.Namespace) -> None:
         if suite not in SUITES:
             raise LabError(f"no suite {suite!r}: there are {', '.join(SUITES)}")
         chosen[name] = SUITES[suite]
-    provision.provision(machine.boot(place, chosen, say), say)
+    provision.provision(machine.boot(place, chosen, say, cpus=arguments.cpus), say)
 
 
 def ssh(place: Place, arguments: argparse.Namespace) -> int:
@@ -115,6 +115,9 @@ def parser() -> argparse.ArgumentParser:
     hosts = add("boot", boot, "switch hosts on, and install this checkout on them")
     hosts.add_argument(
         "host", nargs="*", metavar="HOST[:SUITE]", help="a, b, b:trixie (default: a b)"
+    )
+    hosts.add_argument(
+        "--cpus", type=int, help=f"processors of a host that is off (default: {machine.CPUS})"
     )
     shell = add("ssh", ssh, "a command, or a shell, in a host's dom0")
     shell.add_argument("host", choices=HOSTS)

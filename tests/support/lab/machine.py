@@ -29,9 +29,9 @@ COMMAND_LIMIT = 600.0  # s; commands in software emulation are slow, but not tha
 MONITOR_LIMIT = 30.0  # s for an answer of QEMU's monitor
 KEEP_LIMIT = 300.0  # s to write a host's memory to its disk, some hundred MiB
 KEPT = "ready"  # QEMU's name for that state
-# Of a host. Two hosts of two processors on a machine of two wait for each other's locks most of the time: they boot in
-# half the time with one each.
-VCPUS = 1
+# Processors of a host, unless told otherwise. Two hosts of two on a machine of two wait for each other's locks most of
+# the time: they boot in half the time with one each.
+CPUS = 1
 TRANSLATED = 256  # MiB for translated code; QEMU would take 1 GiB, and is no faster with it
 
 XEN_LINE = "dom0_mem=1024M,max:1024M console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all"
@@ -73,7 +73,9 @@ class Machine:
 
     # -- power -------------------------------------------------------------------------------------------------------
 
-    def power_on(self, suite: Suite, made: Path, *, kept: bool = False) -> None:
+    def power_on(
+        self, suite: Suite, made: Path, *, cpus: int = CPUS, kept: bool = False
+    ) -> None:
         """Returns as soon as QEMU runs; `made`: the suite's image directory. A host whose power was cut finds its disk
         as it was, see forget_disk(); with `kept`, both disk and memory are as they were at keep().
         """
@@ -82,6 +84,8 @@ class Machine:
         last = Record.last(self.place.run, self.name)
         if last and last.facts["image"] != str(made):
             self.forget_disk()  # it lies over an image that is no more
+            last = None
+        kept = kept and last is not None and last.facts["cpus"] == cpus
         fence_port = fence.ensure(self.place)
         disk = self._file("qcow2")
         if not disk.exists():
@@ -99,17 +103,20 @@ class Machine:
             )
         for suffix in ("serial", "monitor", "pid"):
             self._file(suffix).unlink(missing_ok=True)
-        run(*self._qemu(suite, made, disk, fence_port), *(["-loadvm", KEPT] if kept else []))
+        run(*self._qemu(suite, made, disk, fence_port, cpus), *(["-loadvm", KEPT] if kept else []))
         process = Process.of(int(self._file("pid").read_text()))
         facts = {
             "suite": suite.name,
             "image": str(made),
             "ssh_port": self._forwarded_port(),
+            "cpus": cpus,
             "kept": kept,
         }
         Record(self.name, process, facts).write(self.place.run)
 
-    def _qemu(self, suite: Suite, made: Path, disk: Path, fence_port: int) -> list[str]:
+    def _qemu(
+        self, suite: Suite, made: Path, disk: Path, fence_port: int, cpus: int
+    ) -> list[str]:
         number = HOSTS[self.name]
         (peer,) = (name for name in HOSTS if name != self.name)
         line = (
@@ -123,7 +130,7 @@ class Machine:
             "qemu-system-x86_64", "-daemonize", "-pidfile", str(self._file("pid")),
             # TCG: alike on every machine. The CPU has what Xen needs for PVH guests; `max` crashes dom0's kernel.
             "-accel", f"tcg,thread=multi,tb-size={TRANSLATED}", "-cpu", "qemu64,+svm,+npt",
-            "-smp", str(VCPUS), "-m", str(suite.memory),
+            "-smp", str(cpus), "-m", str(suite.memory),
             "-display", "none", "-no-reboot",
             "-kernel", str(made / "xen.elf"), "-append", XEN_LINE,
             "-initrd", f"{made / 'vmlinuz'} {line},{made / 'initrd.img'}",
@@ -313,10 +320,12 @@ def boot(
     say: Callable[[str], None],
     limit: float = BOOT_LIMIT,
     *,
+    cpus: int | None = None,
     kept: bool = False,
 ) -> list[Machine]:
     """Those of the hosts that are off are switched on, all at once; returns when all work. What a host that is on was
-    made of stays, also if a newer image could be built. `kept`: see power_on(), of those that have been kept.
+    made of stays, also if a newer image could be built. `cpus`: of each host; None: as many as it has, or CPUS. `kept`:
+    see power_on(), of those that have been kept.
     """
     needs.install()
     machines = [Machine(place, name) for name in suites]
@@ -325,9 +334,11 @@ def boot(
         if not (record := machine.record):
             path = image.ensure(place, suite, say)
             say(f"host {machine.name}: {suite.name}, Xen {suite.xen}")
-            machine.power_on(suite, path, kept=kept and machine.kept)
+            machine.power_on(suite, path, cpus=cpus or CPUS, kept=kept and machine.kept)
         elif record.facts["suite"] != suite.name:
             raise LabError(f"host {machine.name} runs {record.facts['suite']}: switch it off first")
+        elif cpus not in (None, record.facts["cpus"]):
+            raise LabError(f"host {machine.name} has not {cpus} processors: switch it off first")
     deadline = time.monotonic() + limit
     for machine in machines:
         machine.wait_up(deadline - time.monotonic())
