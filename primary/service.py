@@ -141,6 +141,7 @@ class PrimaryService:
             audit_pages=options.audit_pages,
             suspend_timeout_ns=options.suspend_timeout,
             detect_zero=options.zero_pages,
+            precopy=options.precopy,
         )
         self._control = control(self._deliver, self._events.put)
         self._shipper = Shipper(bulk, self._events.put, self._events.put, metrics.sent_bytes)
@@ -354,9 +355,8 @@ class PrimaryService:
         faults.point("primary.after-pause")
         self._figures.staged(epoch)
         pages = outcome.pages + outcome.zeros + outcome.gone
-        return e.Staged(
-            arena, pages, outcome.remaining, outcome.closed_output if close_output else None
-        )
+        closed = outcome.closed_output if close_output else None
+        return e.Staged(arena, pages, outcome.remaining, closed, outcome.precopy_ns)
 
     def _live_round(self, arena: int) -> e.Event:
         faults.point("primary.before-round")

@@ -42,7 +42,7 @@ SECONDS = (
 )
 PAGES = tuple(4.0**power for power in range(11))  # 1 page to 4 GiB of them
 
-PHASES = ("suspend", "harvest", "stage", "context", "audit", "output", "resume")
+PHASES = ("precopy", "suspend", "harvest", "stage", "context", "audit", "output", "resume")
 EPOCH_RESULTS = ("acked", "failed", "too-large", "abandoned")
 FAILOVER_REASONS = ("silence", "engine-lost", "asked")
 FENCE_RESULTS = ("fenced", "failed")
