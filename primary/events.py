@@ -46,7 +46,6 @@ class Staged:
     pages: int
     left: int = 0
     closed: int | None = None  # the output epoch it closed, by a pause that did
-    precopy_ns: int = 0  # before the pause
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,10 @@ class Pacer:
         self.late_ns = max(0, now - self.next_start)
         self.next_start = now + self.interval_ns
 
-    def started(self, now: int, precopy_ns: int = 0) -> None:
-        """An epoch was taken; a pause longer than the interval leaves the guest one interval to run all the same. It
-        runs through the pre-copy of the next epoch, too, which takes about as long as that of this one.
-        """
+    def started(self, now: int) -> None:
+        """An epoch was taken; a pause longer than the interval leaves the guest one interval to run all the same."""
         if now >= self.next_start:
-            self.next_start = now + max(0, self.interval_ns - precopy_ns)
+            self.next_start = now + self.interval_ns
 
     def failed(self, now: int) -> None:
         """Nothing was taken: try again after one interval."""

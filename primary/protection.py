@@ -250,7 +250,7 @@ class Protection:
             self.epoch += 1
             self.part = 0
             self.live_pages = 0
-            self.pacer.started(now, event.precopy_ns)
+            self.pacer.started(now)
         else:
             self.live_pages += event.pages
             # Half an arena is left for what the guest dirties until it is stopped. Once the rounds are used up it is

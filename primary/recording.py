@@ -197,8 +197,8 @@ class Recording:
             pacer = Pacer(options.interval, time.monotonic_ns())
             while True:
                 pacer.due(time.monotonic_ns())
-                precopy_ns = self._epoch()
-                pacer.started(time.monotonic_ns(), precopy_ns)
+                self._epoch()
+                pacer.started(time.monotonic_ns())
                 self._wait_until(pacer.next_start)
         except _StoppedError:
             return Ending(0, f"recording ended, as asked: {self._what()}", None)
@@ -209,8 +209,7 @@ class Recording:
             watchdog.stop()
             self._capture.close()
 
-    def _epoch(self) -> int:
-        """Gives how long its pre-copy took, ns."""
+    def _epoch(self) -> None:
         outcome = self._capture.take()
         began = time.monotonic_ns()
         self._pauses.add(outcome.pause_ns)
@@ -224,7 +223,6 @@ class Recording:
         self._epochs += 1
         self._progress += 1
         self._metrics.shipped(time.monotonic_ns() - began)
-        return outcome.precopy_ns
 
     def _wait_until(self, start: int) -> None:
         while (left := start - time.monotonic_ns()) > 0:

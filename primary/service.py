@@ -355,8 +355,9 @@ class PrimaryService:
         faults.point("primary.after-pause")
         self._figures.staged(epoch)
         pages = outcome.pages + outcome.zeros + outcome.gone
-        closed = outcome.closed_output if close_output else None
-        return e.Staged(arena, pages, outcome.remaining, closed, outcome.precopy_ns)
+        return e.Staged(
+            arena, pages, outcome.remaining, outcome.closed_output if close_output else None
+        )
 
     def _live_round(self, arena: int) -> e.Event:
         faults.point("primary.before-round")

@@ -110,7 +110,7 @@ ffi.cdef(
         enum ck_step step;
         int64_t precopy_ns, suspend_ns, harvest_ns, stage_ns, context_ns, audit_ns, output_ns,
                 resume_ns, pause_ns;
-        uint64_t pages, zeros, gone, precopied, known, dirty, remaining, audited, cursor, closed_output;
+        uint64_t pages, zeros, gone, precopied, twice, known, dirty, remaining, audited, cursor, closed_output;
     };
     void ck_pause(const struct ck_request *request, struct ck_outcome *outcome);
     void ck_live_round(const struct ck_request *request, struct ck_outcome *outcome);

@@ -44,7 +44,8 @@ static void give_back(const struct ck_request *q, struct ck_outcome *out)
     ck_bitmap_or(q->pending, q->carried, nr_pfns);
     memset(q->carried, 0, ck_bitmap_words(nr_pfns) * sizeof(uint64_t));
     ck_arena_empty(q->arena);
-    out->pages = out->zeros = out->gone = out->known = out->audited = out->precopied = 0;
+    out->pages = out->zeros = out->gone = out->known = out->audited = 0;
+    out->precopied = out->twice = 0;
     out->cursor = q->cursor;
 }
 
@@ -251,6 +252,7 @@ static bool stage_batch(const struct ck_request *q, struct ck_outcome *out, cons
 
     for (uint32_t i = 0; i < n; i++) {
         ck_bit_clear(q->pending, pfns[i]);
+        out->twice += ck_bit_test(q->carried, pfns[i]);
         ck_bit_set(q->carried, pfns[i]);
     }
     if (!ask_types(q, out, CK_STEP_TYPES, pfns, words, n))
@@ -424,16 +426,17 @@ static bool begin(const struct ck_request *q, struct ck_outcome *out)
     return true;
 }
 
+/* Whether the pause may follow. */
 static bool precopy(const struct ck_request *q, struct ck_outcome *out)
 {
+    int64_t mark = now_ns();
     uint64_t end;
     bool ok = harvest(q, out, CK_HARVEST_CLEAN);
 
     if (ok && out->dirty <= q->arena->capacity / 2)
         ok = stage_range(q, out, 0, q->mappings->nr_pfns, PRECOPY, &end);
     out->precopied = q->arena->pages;
-    if (!ok) /* else the pause takes what has changed meanwhile */
-        ck_mappings_take_changed(q->mappings, q->pending);
+    out->precopy_ns = lap(&mark);
     return ok;
 }
 
@@ -460,18 +463,19 @@ static void stop_and_copy(const struct ck_request *q, struct ck_outcome *out)
 
 void ck_pause(const struct ck_request *q, struct ck_outcome *out)
 {
-    int64_t mark = now_ns();
+    const struct ck_hypervisor *hypervisor = q->mappings->hypervisor;
 
     if (!begin(q, out))
         return;
-    if (!q->precopy || precopy(q, out)) {
-        out->precopy_ns = lap(&mark);
+    if (!q->precopy || precopy(q, out))
         stop_and_copy(q, out);
-    }
+    else /* it may have stopped late, for a suspend() that was given up */
+        out->resume_status = hypervisor->resume(hypervisor->domain);
 
     /* The guest runs: what follows costs it nothing. */
     if (out->status) {
         give_back(q, out);
+        ck_mappings_take_changed(q->mappings, q->pending);
     } else {
         out->dirty = ck_bitmap_count(q->carried, q->mappings->nr_pfns);
         if (out->resume_status)

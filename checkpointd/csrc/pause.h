@@ -60,12 +60,14 @@ struct ck_outcome {
     enum ck_step step;
 
     /* CLOCK_MONOTONIC nanoseconds; pause_ns: from the return of suspend() to that of resume(). */
-    int64_t precopy_ns, suspend_ns, harvest_ns, stage_ns, context_ns, audit_ns, output_ns, resume_ns, pause_ns;
+    int64_t precopy_ns; /* 0: none was asked for */
+    int64_t suspend_ns, harvest_ns, stage_ns, context_ns, audit_ns, output_ns, resume_ns, pause_ns;
 
     uint64_t pages, zeros, gone; /* staged: with data, all zero, nothing there */
-    uint64_t precopied; /* of `pages`, before the pause; those that it found dirty again are there twice */
+    uint64_t precopied; /* of `pages`, before the pause */
+    uint64_t twice;     /* of those, found dirty again by it */
     uint64_t known;     /* left out, since the other side has them; their bits are in `carried` */
-    uint64_t dirty;     /* pages found dirty, each counted once */
+    uint64_t dirty;     /* pages found dirty, each counted once; of a pause that failed: by its last harvest */
     uint64_t remaining; /* bits in `pending` at the end */
     uint64_t audited;
     uint64_t cursor; /* for the next call of the same kind */
@@ -73,12 +75,12 @@ struct ck_outcome {
 };
 
 /* One epoch: suspend, harvest FINAL, stage everything, context, audit, output_close, resume. The
- * guest is resumed on every path on which suspend() was called, but for a success with `stay`.
+ * guest is resumed on every path, but for a success with `stay`.
  *
  * With `precopy`, harvest CLEAN and stage come before all that, so that the pause has only those
  * pages left to copy that the guest wrote meanwhile. They follow the earlier copy in the arena, and
- * what comes later counts (ck_arena: data before zero before gone). To keep that order true, holes
- * and pages of zeros are left to the pause. Nothing is copied beforehand if more than half an arena
+ * what comes later counts: pages by their place, then zeros, then gone. To keep that order true,
+ * holes and pages of zeros are left to the pause. Nothing is copied beforehand if more than half an arena
  * is dirty, since the pause may have to stage all of it again. */
 void ck_pause(const struct ck_request *request, struct ck_outcome *outcome);
 

@@ -47,7 +47,7 @@ EPOCH_RESULTS = ("acked", "failed", "too-large", "abandoned")
 FAILOVER_REASONS = ("silence", "engine-lost", "asked")
 FENCE_RESULTS = ("fenced", "failed")
 MAPPING_EVENTS = ("hits", "misses", "evicted", "invalidated")
-PAGE_KINDS = ("data", "zero", "gone", "known")
+PAGE_KINDS = ("data", "zero", "gone", "known", "twice")
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 
@@ -143,7 +143,7 @@ class PrimaryMetrics(_Base):
             self._counter(
                 "staged_pages",
                 "Pages staged, by what is sent of them: data, only that it is zero or gone, "
-                "or nothing since the secondary has it (known).",
+                "or nothing since the secondary has it (known); twice: of data, dirty again after the pre-copy.",
                 "domain",
                 "kind",
             ),
@@ -209,6 +209,7 @@ class PrimaryMetrics(_Base):
         self._pages["zero"].inc(outcome.zeros)
         self._pages["gone"].inc(outcome.gone)
         self._pages["known"].inc(outcome.known)
+        self._pages["twice"].inc(outcome.twice)
 
     def failed(self) -> None:
         """A pause or live round failed; its pages stay dirty."""

@@ -32,7 +32,7 @@ class Outcome:
     status: int  # 0, TOO_MANY, or a negative errno
     step: str  # where it failed, "" if it did not; a failure of resume() with status 0 is "resume"
     resume_status: int  # of resume(), which is called on every path: 0 or a negative errno
-    precopy_ns: int  # the guest running, before it was asked to stop
+    precopy_ns: int  # the guest running, before it was asked to stop; 0: none was asked for
     suspend_ns: int  # until the guest had stopped
     harvest_ns: int  # with the invalidation of mappings
     stage_ns: int
@@ -44,7 +44,8 @@ class Outcome:
     pages: int  # staged with data
     zeros: int
     gone: int
-    precopied: int  # of `pages`, before the pause; what that found dirty again is there twice
+    precopied: int  # of `pages`, before the pause
+    twice: int  # of those, found dirty again by it
     known: int  # left out since the secondary has them already
     dirty: int  # pages found dirty in all, each counted once
     remaining: int  # bits in `pending` now

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Octets: TypeAlias = bytes | bytearray | memoryview
 
 MAGIC: Final = 0x314B4843  # "CHK1" as octets
-VERSION: Final = 2
+VERSION: Final = 3
 HEADER_BYTES: Final = 64
 FLAG: Final = 1  # the one flag of a kind that has one; section 3 says what it means there
 NO_DIGEST: Final = bytes(16)

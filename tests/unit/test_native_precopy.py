@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_hypervisor import NR_PFNS, PAGE, XTAB, ZERO, staged, text, words_of
+from fake_hypervisor import KEY, NR_PFNS, PAGE, SECOND, XTAB, ZERO, staged, text, words_of
 
 from checkpointd import native
 from checkpointd.native import TOO_MANY, Bitmap
+from checkpointd.primary.epoch import PRECOPY_LEAST, EpochTaker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from fake_hypervisor import Guest
 
@@ -40,7 +41,7 @@ def test_only_what_was_written_since_is_copied_in_the_pause(
     guest.at_suspend("w", 2, 7)
     guest.at_suspend("w", 900, 8)
     outcome = guest.precopied_pause()
-    assert (outcome.status, outcome.precopied, outcome.pages) == (0, 4, 6)
+    assert (outcome.status, outcome.precopied, outcome.twice, outcome.pages) == (0, 4, 1, 6)
     assert outcome.dirty == 5
     assert set(guest.carried) == {1, 2, 3, 700, 900}
     assert not guest.pending
@@ -140,3 +141,111 @@ def test_precopied_pages_are_not_audited(make_guest: Callable[..., Guest]) -> No
     guest.carried.clear()
     guest.write(1, text(1, 1))
     assert guest.precopied_pause().audited == 1
+
+
+@pytest.mark.parametrize("change", ["swap", "hole"])
+@pytest.mark.parametrize("changed", [6, 701], ids=["first extent", "later extent"])
+def test_a_frame_that_changes_under_it_waits_for_the_pause(
+    make_guest: Callable[..., Guest], change: str, changed: int
+) -> None:
+    """The guest balloons between types() and the copy: a hole would be a fault, an old frame a lie."""
+    guest = make_guest()
+    for pfn in (5, 6, 700, 701):
+        guest.write(pfn, text(pfn))
+    where = [changed if change == how else -1 for how in ("swap", "hole")]
+    guest.lib.fake_after_types(guest.handle, *where)
+    outcome = guest.precopied_pause()
+    assert outcome.status == 0
+    assert outcome.precopied == 2  # its whole extent waits, the other does not
+    assert replica(guest) == {
+        pfn: page for pfn in (5, 6, 700, 701) if (page := guest.read(pfn)) is not None
+    }
+
+
+def test_a_failed_one_lets_the_guest_run(make_guest: Callable[..., Guest]) -> None:
+    """It may have stopped late, for a request that was given up: resume() is what looks after that."""
+    guest = make_guest()
+    guest.write(5, text(5))
+    guest.fail("types")
+    assert guest.precopied_pause().status < 0
+    journal = guest.journal()
+    assert "S" not in journal
+    assert journal.endswith("R")
+
+
+def test_what_changed_meanwhile_is_pending_after_a_failure(
+    make_guest: Callable[..., Guest],
+) -> None:
+    guest = make_guest()
+    for pfn in (5, 700):
+        guest.write(pfn, text(pfn))
+    guest.lib.fake_after_types(guest.handle, 900, -1)
+    guest.fail("suspend")
+    assert guest.precopied_pause().status < 0
+    assert set(guest.pending) == {5, 700, 900}
+
+
+# When it is made.
+
+
+class Taker:
+    """An EpochTaker of one arena, and the guest's pages to be written."""
+
+    def __init__(self, guest: Guest, *, arena_pages: int, precopy: bool = True) -> None:
+        self.guest = guest
+        self.taker = EpochTaker(
+            guest.table, guest.nr_pfns, KEY, arenas=1, arena_pages=arena_pages, mapping_budget=64 * 512 * PAGE,
+            audit_pages=0, suspend_timeout_ns=SECOND, detect_zero=True, precopy=precopy,
+        )  # fmt: skip
+
+    def epoch(self, pages: int) -> bool:
+        """An epoch of so many pages: was there a pre-copy?"""
+        for pfn in range(pages):
+            self.guest.write(pfn, text(pfn))
+        outcome = self.taker.take(0, close_output=False)
+        assert outcome.status == 0
+        self.taker.dirty.settle(0)
+        return outcome.precopy_ns > 0
+
+    def live_round(self) -> None:
+        assert self.taker.live_round(0).status == 0
+        self.taker.dirty.keep(0)
+
+
+@pytest.fixture
+def taker(make_guest: Callable[..., Guest]) -> Iterator[Callable[..., Taker]]:
+    made: list[Taker] = []
+
+    def make(arena_pages: int, *, precopy: bool = True) -> Taker:
+        made.append(Taker(make_guest(), arena_pages=arena_pages, precopy=precopy))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.taker.close()
+
+
+def test_it_is_made_where_it_pays(taker: Callable[..., Taker]) -> None:
+    """By what the last two epochs had: one short epoch says little of the next one."""
+    it = taker(1024)
+    large, small = PRECOPY_LEAST, PRECOPY_LEAST - 1
+    assert [it.epoch(n) for n in (large, large, small, small, small)] == [
+        False, True, True, True, False,
+    ]  # fmt: skip
+
+
+def test_it_is_made_before_the_first_pause_of_a_copy(taker: Callable[..., Taker]) -> None:
+    it = taker(NR_PFNS - PRECOPY_LEAST)
+    it.taker.dirty.begin_anew()
+    it.live_round()
+    assert it.epoch(10), "what the arena did not take is left"
+
+
+def test_it_is_not_made_where_it_would_copy_nothing(taker: Callable[..., Taker]) -> None:
+    it = taker(1000)
+    assert [it.epoch(501), it.epoch(501)] == [False, False]
+
+
+def test_it_is_not_made_where_nobody_wants_it(taker: Callable[..., Taker]) -> None:
+    it = taker(1024, precopy=False)
+    assert [it.epoch(400), it.epoch(400)] == [False, False]

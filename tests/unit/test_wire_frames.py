@@ -45,7 +45,7 @@ def test_layout_is_that_of_the_specification() -> None:
         flags=1,
     )
     assert pack(header).hex() == (
-        "43484b31" "0200" "4400" "01000000" "44434241"
+        "43484b31" "0300" "4400" "01000000" "44434241"
         "1817161514131211" "2827262524232221" "3837363534333231"
         "00000000" "00000000" + 16 * "00"
     )  # fmt: skip
@@ -86,8 +86,8 @@ def test_what_is_packed_is_unpacked(
     ("field", "offset", "octets"),
     [
         ("magic", 0, b"CHK2"),
-        ("version", 4, b"\x01\x00"),
-        ("version", 4, b"\x03\x00"),
+        ("version", 4, b"\x04\x00"),
+        ("version", 4, b"\x02\x00"),
         ("kind", 6, b"\x00\x00"),
         ("kind", 6, b"\x81\x01"),
         ("flags", 8, b"\x01\x00\x00\x00"),  # PAGES has none

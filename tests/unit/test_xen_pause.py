@@ -117,6 +117,16 @@ def test_a_suspend_by_somebody_else_is_left_alone(guest: Guest) -> None:
     assert guest.lib.fake_resumes() == 0
 
 
+def test_the_log_of_a_guest_that_stopped_for_somebody_else_is_left_to_him(guest: Guest) -> None:
+    assert guest.begin_log() == 0
+    guest.lib.fake_dirty(3)
+    guest.lib.fake_ask(b"suspend")
+    guest.lib.fake_stop(SUSPEND)
+    assert guest.harvest(CLEAN) == (-errno.EAGAIN, set())
+    assert guest.foreign
+    assert guest.resume() == -errno.ESHUTDOWN
+
+
 @pytest.mark.parametrize("word", [b"poweroff", b"suspend"])
 def test_what_others_asked_before_is_not_overwritten(guest: Guest, word: bytes) -> None:
     guest.lib.fake_manner(IGNORES)

@@ -94,6 +94,9 @@ int xen_unmap(void *domain, void *base, uint32_t count);
 int xen_suspend_prepare(struct xen_domain *domain);
 void xen_suspend_end(struct xen_domain *domain);
 
+/* Has somebody else stopped the guest, who reads its memory now? Then it is lost to us, and signs() say so. */
+bool xen_stands_for_others(struct xen_domain *domain);
+
 /* log.c: on, all clean. -EINVAL: it is on already, by whomever. */
 int xen_log_begin(struct xen_domain *domain);
 

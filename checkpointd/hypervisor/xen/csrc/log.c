@@ -136,6 +136,9 @@ int xen_harvest(void *domain, uint64_t *restrict bitmap, uint64_t nr_pfns, int m
 
     if (!d->log_on || nr_pfns != d->nr_pfns || (mode == CK_HARVEST_FINAL && !d->suspended))
         return -EINVAL;
+    /* xl save and xl migrate read the log once more when the guest has stopped for them: not ours to clear. */
+    if (mode == CK_HARVEST_CLEAN && xen_stands_for_others(d))
+        return -EAGAIN;
     rc = read_log(d, mode == CK_HARVEST_PEEK ? XEN_LOG_PEEK : XEN_LOG_CLEAN,
                   mode == CK_HARVEST_FINAL ? XEN_LOG_MODE_FINAL : 0);
     if (rc)

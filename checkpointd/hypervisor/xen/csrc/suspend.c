@@ -179,6 +179,13 @@ static int leave_to_others(struct xen_domain *d)
     return -EBUSY;
 }
 
+bool xen_stands_for_others(struct xen_domain *d)
+{
+    if (!d->foreign && !d->suspended && !d->late && look_at_guest(d) == SUSPENDED)
+        leave_to_others(d);
+    return d->foreign;
+}
+
 int xen_suspend(void *domain, int64_t timeout_ns)
 {
     struct xen_domain *d = domain;
