@@ -7,7 +7,7 @@ from typing import Any
 
 from cffi import FFI
 from fake_hypervisor import SECOND
-from fake_library import compile_library
+from fake_library import XEN, compile_library
 
 STOPS, IGNORES, ANSWERS_ONLY, STOPS_UNANSWERED = range(4)  # enum manner
 PEEK, CLEAN, FINAL = 0, 1, 2  # CK_HARVEST_*
@@ -15,8 +15,9 @@ PEEK, CLEAN, FINAL = 0, 1, 2  # CK_HARVEST_*
 
 def compile_fake_guest(directory: Path) -> Any:
     """The adapter's suspend, log and context on the fake, compiled into `directory`: (ffi, lib)."""
-    sources = ("domain", "suspend", "aside", "log", "context", "libs")
-    library = compile_library(directory, Path(__file__).with_suffix(".c"), sources)
+    names = ("domain", "suspend", "aside", "log", "context", "libs")
+    sources = [Path(__file__).with_suffix(".c"), *(XEN / f"{name}.c" for name in names)]
+    library = compile_library(directory / "fake_guest.so", sources)
     ffi = FFI()
     ffi.cdef(
         """

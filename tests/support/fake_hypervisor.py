@@ -28,7 +28,8 @@ NR_PFNS = 3 * EXTENT + 100  # whole extents and a partial one; not a multiple of
 
 def compile_fake(directory: Path) -> Any:
     """The fake hypervisor, compiled into `directory`: (ffi, lib)."""
-    library = compile_library(directory, Path(__file__).with_suffix(".c"))
+    source = Path(__file__).with_suffix(".c")
+    library = compile_library(directory / "fake_hypervisor.so", [source])
     ffi = FFI()
     ffi.cdef(
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
 _PACKAGE = Path(__file__).parents[2] / "checkpointd"
 CSRC = _PACKAGE / "csrc"
@@ -27,10 +27,9 @@ FLAGS = [
 ]
 
 
-def compile_library(directory: Path, fake: Path, adapter: Sequence[str] = ()) -> Path:
-    """The library of `fake`, a C source, in `directory`; `adapter`: which of the Xen adapter's sources go into it."""
-    library = directory / f"{fake.stem}.so"
-    sources = [fake, *(XEN / f"{name}.c" for name in adapter)]
+def compile_library(library: Path, sources: Iterable[Path], *includes: Path) -> Path:
+    """`library`, of these C sources; they find headers in `includes` and where the real ones are."""
     compiler = sysconfig.get_config_var("CC").split()[0]
-    subprocess.run([compiler, *FLAGS, f"-I{CSRC}", f"-I{XEN}", "-o", library, *sources], check=True)
+    directories = [f"-I{directory}" for directory in (*includes, CSRC, XEN)]
+    subprocess.run([compiler, *FLAGS, *directories, "-o", library, *sources], check=True)
     return library

@@ -9,7 +9,7 @@ from typing import Any
 
 from cffi import FFI
 from fake_hypervisor import EXTENT, KEY, PAGE, SECOND, ZERO, staged, words_of
-from fake_library import compile_library
+from fake_library import XEN, compile_library
 
 from checkpointd import native
 from checkpointd.native import TOO_MANY, Arena, Bitmap, Mappings, Outcome
@@ -20,8 +20,9 @@ OUT, IN, OUT_IN, LEAVE = 0, 1, 2, 3  # enum change
 
 def compile_fake_xen(directory: Path) -> Any:
     """The adapter's p2m on fake libraries, compiled into `directory`: (ffi, lib)."""
-    sources = ("p2m", "invalidation", "aside", "hypercall", "libs")
-    library = compile_library(directory, Path(__file__).with_suffix(".c"), sources)
+    names = ("p2m", "invalidation", "aside", "hypercall", "libs")
+    sources = [Path(__file__).with_suffix(".c"), *(XEN / f"{name}.c" for name in names)]
+    library = compile_library(directory / "fake_xen.so", sources)
     ffi = FFI()
     ffi.cdef(
         """
