@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cffi import FFI
 from fake_hypervisor import XTAB
-from fake_xen import IN, LEAVE, MAP, OUT, OUT_IN, TYPES, XenGuest, compile_fake_xen
+from fake_p2m import IN, LEAVE, MAP, OUT, OUT_IN, TYPES, XenGuest, compile_fake_p2m
 
 from checkpointd.errors import HypervisorError
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def fake_xen(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_fake_xen(tmp_path_factory.mktemp("fake-xen"))
+def fake_p2m(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compile_fake_p2m(tmp_path_factory.mktemp("fake-p2m"))
 
 
 @pytest.fixture
-def make(fake_xen: Any) -> Iterator[Callable[..., XenGuest]]:
+def make(fake_p2m: Any) -> Iterator[Callable[..., XenGuest]]:
     """Makes guests on fake Xen, and checks in the end what they left."""
     guests: list[XenGuest] = []
 
     def new(**options: Any) -> XenGuest:
-        guests.append(XenGuest(fake_xen, **options))
+        guests.append(XenGuest(fake_p2m, **options))
         return guests[-1]
 
     yield new
@@ -384,9 +384,9 @@ def test_closing_answers_who_still_waits(make: Callable[..., XenGuest]) -> None:
 
 
 @pytest.fixture
-def fresh(fake_xen: Any) -> Iterator[tuple[Any, Any, int]]:
+def fresh(fake_p2m: Any) -> Iterator[tuple[Any, Any, int]]:
     """A guest whose ioreq server is not enabled yet; both its vcpus ask as soon as it is."""
-    _, lib = fake_xen
+    _, lib = fake_p2m
     handle = lib.fake_xen_new(1000, 800, False)
     server = lib.fake_begin(handle, False)
     assert server >= 0

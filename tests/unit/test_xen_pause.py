@@ -9,7 +9,8 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_guest import (
+from fake_hypervisor import SECOND
+from fake_pause import (
     ANSWERS_ONLY,
     CLEAN,
     FINAL,
@@ -18,9 +19,8 @@ from fake_guest import (
     STOPS,
     STOPS_UNANSWERED,
     Guest,
-    compile_fake_guest,
+    compile_fake_pause,
 )
-from fake_hypervisor import SECOND
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,13 +30,13 @@ SHORT = 1  # ns: a timeout that has passed at the first look
 
 
 @pytest.fixture(scope="session")
-def fake_guest(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_fake_guest(tmp_path_factory.mktemp("fake-guest"))
+def fake_pause(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compile_fake_pause(tmp_path_factory.mktemp("fake-pause"))
 
 
 @pytest.fixture
-def guest(fake_guest: Any) -> Iterator[Guest]:
-    made = Guest(fake_guest)
+def guest(fake_pause: Any) -> Iterator[Guest]:
+    made = Guest(fake_pause)
     yield made
     made.lib.fake_free()
 

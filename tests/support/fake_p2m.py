@@ -1,4 +1,4 @@
-"""Xen's libraries for tests without Xen (fake_xen.c), the adapter's p2m on them, an engine's native half."""
+"""Xen's libraries for tests without Xen (fake_p2m.c), the adapter's p2m on them, an engine's native half."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TYPES, MAP = 0, 1  # enum call
 OUT, IN, OUT_IN, LEAVE = 0, 1, 2, 3  # enum change
 
 
-def compile_fake_xen(directory: Path) -> Any:
+def compile_fake_p2m(directory: Path) -> Any:
     """The adapter's p2m on fake libraries, compiled into `directory`: (ffi, lib)."""
     names = ("p2m", "invalidation", "aside", "hypercall", "libs")
     sources = [Path(__file__).with_suffix(".c"), *(XEN / f"{name}.c" for name in names)]
-    library = compile_library(directory / "fake_xen.so", sources)
+    library = compile_library(directory / "fake_p2m.so", sources)
     ffi = FFI()
     ffi.cdef(
         """

@@ -1,4 +1,4 @@
-"""One guest on fake Xen libraries (fake_guest.c), and the Xen adapter's pause on it."""
+"""One guest on fake Xen libraries (fake_pause.c), and the Xen adapter's pause on it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ STOPS, IGNORES, ANSWERS_ONLY, STOPS_UNANSWERED = range(4)  # enum manner
 PEEK, CLEAN, FINAL = 0, 1, 2  # CK_HARVEST_*
 
 
-def compile_fake_guest(directory: Path) -> Any:
+def compile_fake_pause(directory: Path) -> Any:
     """The adapter's suspend, log and context on the fake, compiled into `directory`: (ffi, lib)."""
     names = ("domain", "suspend", "aside", "log", "context", "libs")
     sources = [Path(__file__).with_suffix(".c"), *(XEN / f"{name}.c" for name in names)]
-    library = compile_library(directory / "fake_guest.so", sources)
+    library = compile_library(directory / "fake_pause.so", sources)
     ffi = FFI()
     ffi.cdef(
         """
