@@ -1,13 +1,11 @@
-"""A dom0 with one guest: Xen's libraries (fake_dom0.c) under the names by which the adapter opens them."""
+"""A dom0 with one guest: the fake Xen under the names by which the adapter opens its libraries."""
 
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cffi import FFI
-from fake_library import compile_library
+from fake_xen import DOMID, compile_fake_xen
 
 from checkpointd.authority.processes import HostIdentity
 from checkpointd.hypervisor.port import DomainInfo
@@ -17,13 +15,13 @@ from checkpointd.hypervisor.xen import versions
 from checkpointd.hypervisor.xen.devices import Allowances
 from checkpointd.hypervisor.xen.domain import XenDomain
 
-DOMID = 4
+if TYPE_CHECKING:
+    from pathlib import Path
+
 UUID = str(uuid.UUID(bytes=bytes(0x11 * i for i in range(16))))
 NR_PFNS, RAM = 1000, 900  # pfns, and how many of them have memory
 VERSION = versions.Version(4, 17)
 SUSPEND = 2  # Xen's shutdown reason
-STOPS, ANSWERS_ONLY, IGNORES = range(3)  # enum manner
-NODE = f"/local/domain/{DOMID}/control/shutdown"
 NAMES = (
     *(f"libxenctrl.so.{VERSION}", f"libxenguest.so.{VERSION}", "libxenforeignmemory.so.1"),
     *("libxenevtchn.so.1", "libxendevicemodel.so.1", "libxenstore.so.4"),
@@ -51,54 +49,34 @@ class Dom0:
     """The libraries are opened once for all tests of a run; each test begins with a new guest."""
 
     def __init__(self, directory: Path) -> None:
-        library = compile_library(directory / "fake_dom0.so", [Path(__file__).with_suffix(".c")])
+        library = directory / "fake_dom0.so"
+        _, self.lib = compile_fake_xen(library)
         for name in NAMES:
             (directory / name).symlink_to(library.name)
-        ffi = FFI()
-        ffi.cdef(
-            """
-            struct guest {
-                uint32_t flags;
-                bool gone;
-                int manner;
-                uint64_t nr_pfns, tot_pages, log[64];
-                bool log_on;
-                uint64_t resumes, logs_ended;
-                int fail_resume, fail_bind, fail_destroy;
-                bool server;
-            };
-            void dom0_reset(uint64_t nr_pfns, uint64_t tot_pages);
-            struct guest *dom0_guest(void);
-            void dom0_put(const char *path, const char *value);
-            void dom0_drop(const char *path);
-            void dom0_stop(uint32_t reason);
-            """
-        )
-        self.lib: Any = ffi.dlopen(str(library))
         self.reset()
         self.libs = xen._open(VERSION, str(directory))
 
     def reset(self) -> None:
-        self.lib.dom0_reset(NR_PFNS, RAM)
+        self.lib.fake_reset(NR_PFNS, 2 * RAM)
         self.put(f"/local/domain/{DOMID}/name", "shop")
 
     @property
     def guest(self) -> Any:
         """`struct guest`: facts to look at and to change."""
-        return self.lib.dom0_guest()
+        return self.lib.guest
 
     @property
     def suspended(self) -> bool:
         return bool(self.guest.flags & xen.lib.XEN_STATE_SHUTDOWN)
 
     def put(self, path: str, value: str) -> None:
-        self.lib.dom0_put(path.encode(), value.encode())
+        self.lib.fake_put(path.encode(), value.encode())
 
     def drop(self, path: str) -> None:
-        self.lib.dom0_drop(path.encode())
+        self.lib.fake_drop(path.encode())
 
     def stop(self, reason: int = SUSPEND) -> None:
-        self.lib.dom0_stop(reason)
+        self.lib.fake_stop(reason)
 
     def close(self) -> None:
         xen.lib.xen_libs_close(self.libs)

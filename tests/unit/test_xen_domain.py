@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_dom0 import (
-    ANSWERS_ONLY,
-    DOMID,
-    NODE,
     NOTHING,
     NR_PFNS,
     RAM,
@@ -22,6 +19,7 @@ from fake_dom0 import (
     FakeWatcher,
     info_of,
 )
+from fake_xen import ANSWERS_ONLY, DOMID, NODE
 from processes import PATIENCE
 
 from checkpointd.authority.processes import HostIdentity
