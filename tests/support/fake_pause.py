@@ -1,25 +1,22 @@
-"""One guest on fake Xen libraries (fake_pause.c), and the Xen adapter's pause on it."""
+"""The Xen adapter's pause on the fake Xen (fake_pause.c), and the guest that it is attached to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from cffi import FFI
 from fake_hypervisor import SECOND
-from fake_library import XEN, compile_library
+from fake_xen import NODE, adapter, compile_fake_xen
 
-STOPS, IGNORES, ANSWERS_ONLY, STOPS_UNANSWERED = range(4)  # enum manner
 PEEK, CLEAN, FINAL = 0, 1, 2  # CK_HARVEST_*
 
 
 def compile_fake_pause(directory: Path) -> Any:
     """The adapter's suspend, log and context on the fake, compiled into `directory`: (ffi, lib)."""
-    names = ("domain", "suspend", "aside", "log", "context", "libs")
-    sources = [Path(__file__).with_suffix(".c"), *(XEN / f"{name}.c" for name in names)]
-    library = compile_library(directory / "fake_pause.so", sources)
-    ffi = FFI()
-    ffi.cdef(
+    sources = adapter("domain", "suspend", "aside", "log", "context", "libs")
+    return compile_fake_xen(
+        directory / "fake_pause.so",
+        [Path(__file__).with_suffix(".c"), *sources],
         """
         struct ck_hypervisor {
             uint32_t abi;
@@ -41,34 +38,12 @@ def compile_fake_pause(directory: Path) -> Any:
         int xen_log_begin(void *domain);
         int64_t xen_static_records(void *domain, uint32_t major, uint32_t minor, uint8_t *buffer,
                                    uint64_t capacity);
-        void *fake_new(uint64_t nr_pfns);
-        void fake_free(void);
-        void *fake_domain(void);
-        struct ck_hypervisor *fake_table(void);
-        void fake_manner(int manner);
-        void fake_interpose(const char *word);
-        void fake_lag(unsigned prompt);
-        uint64_t fake_waited(void);
-        void fake_break_in(void);
-        void fake_ask(const char *word);
-        const char *fake_node(void);
-        void fake_stop(uint32_t reason);
-        void fake_vanish(void);
-        void fake_run(void);
-        void fake_hole(uint64_t pfn);
-        void fake_fill(uint64_t pfn);
+        struct ck_hypervisor *xen_domain_table(void *domain);
+        void *fake_attach(uint64_t nr_pfns);
+        void fake_detach(void);
         void fake_request(void);
-        void fake_dirty(uint64_t pfn);
-        void fake_clean(void);
-        void fake_log_off(void);
-        void fake_fail_log(int error);
-        void fake_fail_mark(int error);
-        void fake_short_log(long long pages);
-        uint64_t fake_resumes(void);
-        uint64_t fake_told(void);
-        """
+        """,
     )
-    return ffi, ffi.dlopen(str(library))
 
 
 class Guest:
@@ -78,9 +53,10 @@ class Guest:
 
     def __init__(self, fake: Any) -> None:
         self.ffi, self.lib = fake
-        assert self.lib.fake_new(self.NR_PFNS) != self.ffi.NULL
-        self.table = self.lib.fake_table()
-        self.domain = self.lib.fake_domain()
+        self.facts = self.lib.guest
+        self.domain = self.lib.fake_attach(self.NR_PFNS)
+        assert self.domain != self.ffi.NULL
+        self.table = self.lib.xen_domain_table(self.domain)
         self._asked = self.ffi.new("uint64_t *")
         self.lib.xen_domain_keep(self.domain, self._asked)
 
@@ -115,7 +91,11 @@ class Guest:
     @property
     def node(self) -> bytes:
         """control/shutdown."""
-        return bytes(self.ffi.string(self.lib.fake_node()))
+        return bytes(self.ffi.string(self.lib.fake_get(NODE.encode())))
+
+    def ask(self, word: bytes) -> None:
+        """Somebody else writes control/shutdown; or the guest, that it has answered: b""."""
+        self.lib.fake_put(NODE.encode(), word)
 
     def inherit(self) -> None:
         """A request of a dead engine's is out."""

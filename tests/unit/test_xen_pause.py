@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_hypervisor import SECOND
-from fake_pause import (
-    ANSWERS_ONLY,
-    CLEAN,
-    FINAL,
-    IGNORES,
-    PEEK,
-    STOPS,
-    STOPS_UNANSWERED,
-    Guest,
-    compile_fake_pause,
-)
+from fake_pause import CLEAN, FINAL, PEEK, Guest, compile_fake_pause
+from fake_xen import ANSWERS_ONLY, IGNORES, STOPS, STOPS_UNANSWERED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +29,7 @@ def fake_pause(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def guest(fake_pause: Any) -> Iterator[Guest]:
     made = Guest(fake_pause)
     yield made
-    made.lib.fake_free()
+    made.lib.fake_detach()
 
 
 # -------------------------------------------------------------------- suspend and resume
@@ -50,7 +41,7 @@ def test_epochs_come_and_go(guest: Guest) -> None:
         assert guest.suspend() == 0  # it stands already, and it is ours
         assert guest.close_output() == (0, epoch)
         assert guest.resume() == guest.resume() == 0
-        assert guest.lib.fake_resumes() == guest.lib.fake_told() == epoch
+        assert guest.facts.resumes == guest.facts.told == epoch
     assert not guest.foreign
 
 
@@ -61,35 +52,35 @@ def test_only_a_suspended_guest_has_a_context_and_closes_output(guest: Guest) ->
 
 
 def test_a_request_that_is_not_taken_is_withdrawn(guest: Guest) -> None:
-    guest.lib.fake_manner(IGNORES)
+    guest.facts.manner = IGNORES
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
     assert guest.node == b""
     assert guest.resume() == 0
-    assert guest.lib.fake_resumes() == 0
-    guest.lib.fake_manner(STOPS)
+    assert guest.facts.resumes == 0
+    guest.facts.manner = STOPS
     assert guest.suspend() == guest.resume() == 0  # and nobody else is suspected
     assert not guest.foreign
 
 
 def test_a_write_in_between_does_not_lose_the_withdrawal(guest: Guest) -> None:
-    guest.lib.fake_manner(IGNORES)
-    guest.lib.fake_break_in()
+    guest.facts.manner = IGNORES
+    guest.facts.broken_in = True
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
     assert guest.node == b""
 
 
 @pytest.mark.parametrize("when", ["before-resume", "before-suspend", "never"])
 def test_a_guest_that_stops_late_is_still_ours(guest: Guest, when: str) -> None:
-    guest.lib.fake_manner(ANSWERS_ONLY)
+    guest.facts.manner = ANSWERS_ONLY
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
     assert guest.late
     if when == "before-resume":
         guest.lib.fake_stop(SUSPEND)
     assert guest.resume() == 0
-    assert guest.lib.fake_resumes() == (when == "before-resume")
+    assert guest.facts.resumes == (when == "before-resume")
     if when == "before-suspend":
         guest.lib.fake_stop(SUSPEND)
-    guest.lib.fake_manner(STOPS)
+    guest.facts.manner = STOPS
     assert guest.suspend() == guest.resume() == 0
     assert not guest.late
     assert not guest.foreign
@@ -103,24 +94,24 @@ def test_an_end_is_no_suspend(guest: Guest, reason: int) -> None:
 
 def test_a_domain_that_vanishes_suspended_is_not_resumed(guest: Guest) -> None:
     assert guest.suspend() == 0
-    guest.lib.fake_vanish()
-    guest.lib.fake_run()  # Xen refuses to resume it
+    guest.facts.gone = True
+    guest.facts.flags = 0  # Xen refuses to resume it
     assert guest.resume() == guest.suspend() == -errno.ESHUTDOWN
 
 
 def test_a_suspend_by_somebody_else_is_left_alone(guest: Guest) -> None:
-    guest.lib.fake_ask(b"suspend")
+    guest.ask(b"suspend")
     guest.lib.fake_stop(SUSPEND)
     assert guest.suspend() == -errno.EBUSY
     assert guest.resume() == -errno.ESHUTDOWN
     assert guest.foreign
-    assert guest.lib.fake_resumes() == 0
+    assert guest.facts.resumes == 0
 
 
 def test_the_log_of_a_guest_that_stopped_for_somebody_else_is_left_to_him(guest: Guest) -> None:
     assert guest.begin_log() == 0
     guest.lib.fake_dirty(3)
-    guest.lib.fake_ask(b"suspend")
+    guest.ask(b"suspend")
     guest.lib.fake_stop(SUSPEND)
     assert guest.harvest(CLEAN) == (-errno.EAGAIN, set())
     assert guest.foreign
@@ -129,8 +120,8 @@ def test_the_log_of_a_guest_that_stopped_for_somebody_else_is_left_to_him(guest:
 
 @pytest.mark.parametrize("word", [b"poweroff", b"suspend"])
 def test_what_others_asked_before_is_not_overwritten(guest: Guest, word: bytes) -> None:
-    guest.lib.fake_manner(IGNORES)
-    guest.lib.fake_ask(word)
+    guest.facts.manner = IGNORES
+    guest.ask(word)
     assert guest.suspend() == -errno.EBUSY
     assert guest.node == word
     assert guest.resume() == 0
@@ -139,35 +130,35 @@ def test_what_others_asked_before_is_not_overwritten(guest: Guest, word: bytes) 
 def test_one_who_asks_while_ours_is_under_way_has_the_guest(guest: Guest) -> None:
     """xl save writes between our request and the guest's answer: the guest answers both, and xl reads its memory."""
     assert guest.suspend() == guest.resume() == 0
-    guest.lib.fake_interpose(b"suspend")
+    guest.facts.interposed = b"suspend"
     assert guest.suspend() == 0
     assert guest.resume() == -errno.ESHUTDOWN
     assert guest.foreign
-    assert guest.lib.fake_resumes() == 1
+    assert guest.facts.resumes == 1
 
 
 def test_what_is_on_its_way_yet_is_waited_for(guest: Guest) -> None:
     """Our request and xl's have come to us, and the guest's answer to both not yet: it is not the answer to ours."""
-    guest.lib.fake_interpose(b"suspend")
-    guest.lib.fake_lag(2)
+    guest.facts.interposed = b"suspend"
+    guest.facts.prompt = 2
     assert guest.suspend() == 0
     assert guest.resume() == -errno.ESHUTDOWN
     assert guest.foreign
-    assert guest.lib.fake_resumes() == 0
+    assert guest.facts.resumes == 0
 
 
 def test_the_pause_does_not_wait_for_xenstored(guest: Guest) -> None:
     """Another thread asks it meanwhile who else has."""
     for _ in range(5):
         assert guest.suspend() == guest.resume() == 0
-    assert guest.lib.fake_waited() == 0
+    assert guest.facts.waited == 0
 
 
 def test_a_guest_that_stops_for_somebody_else_is_not_taken_for_ours(guest: Guest) -> None:
     """It has answered xl, and stops; our request comes in between, and must not be obeyed later."""
-    guest.lib.fake_ask(b"suspend")
-    guest.lib.fake_ask(b"")  # the guest's answer
-    guest.lib.fake_manner(STOPS_UNANSWERED)
+    guest.ask(b"suspend")
+    guest.ask(b"")  # the guest's answer
+    guest.facts.manner = STOPS_UNANSWERED
     assert guest.suspend() == 0
     assert guest.resume() == -errno.ESHUTDOWN
     assert guest.foreign
@@ -176,16 +167,16 @@ def test_a_guest_that_stops_for_somebody_else_is_not_taken_for_ours(guest: Guest
 
 def test_one_who_asks_in_the_pause_has_the_guest(guest: Guest) -> None:
     assert guest.suspend() == 0
-    guest.lib.fake_ask(b"suspend")
+    guest.ask(b"suspend")
     assert guest.resume() == -errno.ESHUTDOWN
     assert guest.foreign
-    assert guest.lib.fake_resumes() == 0
+    assert guest.facts.resumes == 0
     assert guest.node == b""  # else he would wait for the guest's answer
 
 
 def test_a_poweroff_asked_in_the_pause_is_the_guests_to_answer(guest: Guest) -> None:
     assert guest.suspend() == 0
-    guest.lib.fake_ask(b"poweroff")
+    guest.ask(b"poweroff")
     assert guest.resume() == 0
     assert not guest.foreign
     assert guest.node == b"poweroff"
@@ -195,31 +186,31 @@ def test_a_poweroff_asked_in_the_pause_is_the_guests_to_answer(guest: Guest) -> 
 def test_a_guest_that_is_powering_off_goes_on_suspending_for_us(guest: Guest, word: bytes) -> None:
     """It has answered xl, and takes its time: each of our suspends is ours to undo, else it never gets there."""
     assert guest.suspend() == guest.resume() == 0
-    guest.lib.fake_ask(word)
-    guest.lib.fake_ask(b"")  # the guest's answer
+    guest.ask(word)
+    guest.ask(b"")  # the guest's answer
     assert guest.suspend() == guest.resume() == 0
     assert guest.suspend() == guest.resume() == 0
     assert not guest.foreign
-    assert guest.lib.fake_resumes() == 3
+    assert guest.facts.resumes == 3
 
 
 def test_a_guest_that_stops_late_for_an_older_request_of_ours_is_ours(guest: Guest) -> None:
-    guest.lib.fake_manner(ANSWERS_ONLY)
+    guest.facts.manner = ANSWERS_ONLY
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
-    guest.lib.fake_manner(STOPS_UNANSWERED)  # asked once more, it stops for the first request
+    guest.facts.manner = STOPS_UNANSWERED  # asked once more, it stops for the first request
     assert guest.suspend() == guest.resume() == 0
     assert not guest.foreign
     assert not guest.late
     assert guest.node == b""  # nor does it stop again
-    assert guest.lib.fake_resumes() == 1
+    assert guest.facts.resumes == 1
 
 
 def test_one_who_asks_a_late_guest_has_it(guest: Guest) -> None:
-    guest.lib.fake_manner(ANSWERS_ONLY)
+    guest.facts.manner = ANSWERS_ONLY
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
-    guest.lib.fake_manner(STOPS_UNANSWERED)
+    guest.facts.manner = STOPS_UNANSWERED
     assert guest.suspend() == 0
-    guest.lib.fake_ask(b"suspend")
+    guest.ask(b"suspend")
     assert guest.resume() == -errno.ESHUTDOWN
     assert guest.foreign
 
@@ -230,11 +221,11 @@ def test_a_guest_that_stops_late_for_a_dead_engine_is_ours(guest: Guest, when: s
     if when == "before-suspend":
         guest.lib.fake_stop(SUSPEND)
     else:
-        guest.lib.fake_manner(STOPS_UNANSWERED)
+        guest.facts.manner = STOPS_UNANSWERED
     assert guest.suspend() == guest.resume() == 0
     assert not guest.foreign
     assert not guest.late
-    assert guest.lib.fake_resumes() == 1
+    assert guest.facts.resumes == 1
     guest.lib.fake_stop(SUSPEND)  # by somebody else: nothing of the dead one's is out any more
     assert guest.suspend() == -errno.EBUSY
 
@@ -251,19 +242,19 @@ def test_a_request_is_known_to_be_out_until_the_guest_has_been_resumed(guest: Gu
 
 
 def test_a_request_that_was_withdrawn_is_not_out_and_one_that_was_taken_is(guest: Guest) -> None:
-    guest.lib.fake_manner(IGNORES)
+    guest.facts.manner = IGNORES
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
     assert guest.asked == 0
-    guest.lib.fake_manner(ANSWERS_ONLY)
+    guest.facts.manner = ANSWERS_ONLY
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
     assert guest.asked == SHORT
-    guest.lib.fake_manner(IGNORES)
+    guest.facts.manner = IGNORES
     assert guest.suspend(SHORT) == -errno.ETIMEDOUT
     assert guest.asked == SHORT, "that of before is"
 
 
 def test_of_a_guest_that_is_somebody_elses_nothing_is_out(guest: Guest) -> None:
-    guest.lib.fake_interpose(b"suspend")
+    guest.facts.interposed = b"suspend"
     assert guest.suspend() == 0
     assert guest.resume() == -errno.ESHUTDOWN
     assert guest.asked == 0
@@ -271,8 +262,8 @@ def test_of_a_guest_that_is_somebody_elses_nothing_is_out(guest: Guest) -> None:
 
 @pytest.mark.parametrize("word", [b"poweroff", b"suspend"])
 def test_what_was_not_asked_is_not_out(guest: Guest, word: bytes) -> None:
-    guest.lib.fake_manner(IGNORES)
-    guest.lib.fake_ask(word)
+    guest.facts.manner = IGNORES
+    guest.ask(word)
     assert guest.suspend() == -errno.EBUSY
     assert guest.asked == 0
     guest.lib.fake_stop(SUSPEND)
@@ -306,7 +297,7 @@ def test_a_log_in_other_hands_is_noticed(guest: Guest, theft: str) -> None:
     assert guest.begin_log() == 0
     assert guest.harvest()[0] == 0
     if theft == "off":
-        guest.lib.fake_log_off()
+        guest.facts.log_on = False
     else:
         guest.lib.fake_clean()  # a new beginning is all clean, too
     assert guest.harvest()[0] < 0
@@ -315,7 +306,7 @@ def test_a_log_in_other_hands_is_noticed(guest: Guest, theft: str) -> None:
 
 def test_a_page_that_was_given_back_is_no_theft(guest: Guest) -> None:
     assert guest.begin_log() == 0
-    guest.lib.fake_hole(0)  # the first canary's: gone, hence clean
+    guest.lib.fake_take(0)  # the first canary's: gone, hence clean
     guest.lib.fake_clean()
     assert guest.harvest()[0] == 0
     guest.lib.fake_request()  # the next one's: gone and back before the harvest
@@ -341,18 +332,18 @@ def test_harvest_adds_to_what_is_there_and_peek_keeps_the_log(guest: Guest) -> N
 def test_an_interrupted_harvest_has_lost_nothing(guest: Guest, error: int) -> None:
     assert guest.begin_log() == 0
     guest.lib.fake_dirty(5)
-    guest.lib.fake_fail_log(error)
+    guest.facts.fail_log = error
     assert guest.harvest() == (-errno.EAGAIN, set())
     assert guest.harvest() == (0, {0, 5})
 
 
 def test_a_harvest_that_may_have_lost_pages_says_so(guest: Guest) -> None:
     assert guest.begin_log() == 0
-    guest.lib.fake_fail_log(errno.ENOMEM)
+    guest.facts.fail_log = errno.ENOMEM
     assert guest.harvest()[0] == -errno.ENOMEM
-    guest.lib.fake_short_log(64)
+    guest.facts.short_log = 64
     assert guest.harvest()[0] == -errno.EPROTO
-    guest.lib.fake_fail_mark(errno.EPERM)
+    guest.facts.fail_mark = errno.EPERM
     assert guest.harvest()[0] == -errno.EPERM
     assert guest.harvest(nr_pfns=64)[0] == -errno.EINVAL
     assert guest.thefts == 0
