@@ -1,4 +1,4 @@
-"""Xen's libraries for tests without Xen (fake_p2m.c), the adapter's p2m on them, an engine's native half."""
+"""The Xen adapter's p2m on the fake Xen (fake_p2m.c), an engine's native half, and the replica that it keeps."""
 
 from __future__ import annotations
 
@@ -7,59 +7,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cffi import FFI
 from fake_hypervisor import EXTENT, KEY, PAGE, SECOND, ZERO, staged, words_of
-from fake_library import XEN, compile_library
+from fake_xen import adapter, compile_fake_xen
 
 from checkpointd import native
 from checkpointd.native import TOO_MANY, Arena, Bitmap, Mappings, Outcome
 
-TYPES, MAP = 0, 1  # enum call
-OUT, IN, OUT_IN, LEAVE = 0, 1, 2, 3  # enum change
+OUT, IN, OUT_IN, LEAVE = range(4)  # enum change
 
 
 def compile_fake_p2m(directory: Path) -> Any:
-    """The adapter's p2m on fake libraries, compiled into `directory`: (ffi, lib)."""
-    names = ("p2m", "invalidation", "aside", "hypercall", "libs")
-    sources = [Path(__file__).with_suffix(".c"), *(XEN / f"{name}.c" for name in names)]
-    library = compile_library(directory / "fake_p2m.so", sources)
-    ffi = FFI()
-    ffi.cdef(
+    """The adapter's p2m on the fake, compiled into `directory`: (ffi, lib)."""
+    sources = adapter("p2m", "invalidation", "aside", "hypercall", "libs")
+    return compile_fake_xen(
+        directory / "fake_p2m.so",
+        [Path(__file__).with_suffix(".c"), *sources],
         """
-        void *fake_xen_new(uint64_t nr_pfns, uint64_t nr_frames, bool marks);
-        void fake_xen_free(void *f);
-        void *fake_xen_table(void *f);
-        int fake_begin(void *f, bool deaf);
-        int fake_watch(void *f);
-        int fake_end(void *f);
-        uint64_t fake_requests(void *f);
-        int fake_ioreq_destroy(void *f, uint16_t server);
-        bool fake_out(void *f, uint64_t pfn);
-        bool fake_left(void *f);
-        bool fake_put_grant(void *f, uint64_t pfn, uint64_t stack, uint64_t command, uint32_t space,
-                            bool is_64bit);
-        bool fake_in(void *f, uint64_t pfn, int64_t value);
-        void fake_write(void *f, uint64_t pfn, int64_t value);
-        int64_t fake_value(void *f, uint64_t pfn);
-        void fake_hook(void *f, int call, uint64_t after, int change, uint64_t pfn);
-        void fake_ask(void *f, int vcpu);
-        bool fake_waits(void *f, int vcpu);
-        void fake_mute(void *f, bool mute);
-        void fake_unbind(void *f);
-        void fake_free_ports(void *f, int ports);
-        void fake_ask_at_enable(void *f);
-        bool fake_server(void *f);
-        bool fake_enabled(void *f);
-        void fake_fail_map(void *f, int error);
-        void fake_grow(void *f, uint64_t pfns);
-        void fake_be_gone(void *f);
-        uint32_t fake_mapped(void *f);
-        uint64_t fake_tot_pages(void *f);
-        uint64_t fake_asked(void *f);
-        uint64_t fake_type_calls(void *f);
-        """
+        void *fake_new(uint64_t nr_pfns, uint64_t nr_frames, bool marks);
+        int fake_begin(bool deaf);
+        int fake_watch(void);
+        int fake_end(void);
+        uint64_t fake_requests(void);
+        int fake_ioreq_destroy(uint16_t server);
+        bool fake_out(uint64_t pfn);
+        bool fake_left(void);
+        bool fake_put_grant(uint64_t pfn, uint64_t stack, uint64_t command, uint32_t space, bool is_64bit);
+        void fake_hook(int call, uint64_t after, int change, uint64_t pfn);
+        """,
     )
-    return ffi, ffi.dlopen(str(library))
 
 
 @dataclass
@@ -78,11 +53,13 @@ class XenGuest:
 
     def __post_init__(self) -> None:
         self.ffi, self.lib = self.fake
-        self.handle = self.lib.fake_xen_new(self.nr_pfns, self.nr_frames, self.marks)
-        self.server = self.lib.fake_begin(self.handle, self.deaf)
+        self.facts = self.lib.guest
+        table = self.lib.fake_new(self.nr_pfns, self.nr_frames, self.marks)
+        assert table, "there is another guest"
+        self.server = self.lib.fake_begin(self.deaf)
         assert self.server >= 0
-        assert self.lib.fake_watch(self.handle) == 0
-        self.table = int(self.ffi.cast("uintptr_t", self.lib.fake_xen_table(self.handle)))
+        assert self.lib.fake_watch() == 0
+        self.table = int(self.ffi.cast("uintptr_t", table))
         self.mappings = Mappings(self.table, self.nr_pfns, self.budget * EXTENT * PAGE)
         self.pending, self.carried = Bitmap(self.nr_pfns), Bitmap(self.nr_pfns)
         self.arena = Arena(self.capacity, self.nr_pfns, 4096, 4)
@@ -90,18 +67,18 @@ class XenGuest:
         self.cursor = 0
 
     def out(self, pfn: int) -> None:
-        assert self.lib.fake_out(self.handle, pfn), "the vcpu was never answered"
+        assert self.lib.fake_out(pfn), "the vcpu was never answered"
 
     def put(self, pfn: int, value: int) -> bool:
         """A page comes in; False: there is one, or the guest has no frame left."""
-        return bool(self.lib.fake_in(self.handle, pfn, value))
+        return bool(self.lib.fake_give(pfn, value))
 
     def write(self, pfn: int, value: int) -> None:
-        self.lib.fake_write(self.handle, pfn, value)
+        self.lib.fake_write(pfn, value)
 
     def value(self, pfn: int) -> int:
         """Its first 8 octets; -1: nothing is there."""
-        return int(self.lib.fake_value(self.handle, pfn))
+        return int(self.lib.fake_value(pfn))
 
     def memory(self) -> dict[int, int]:
         return {pfn: self.value(pfn) for pfn in range(self.nr_pfns) if self.value(pfn) >= 0}
@@ -152,9 +129,7 @@ class XenGuest:
     def close(self) -> None:
         self.mappings.close()
         self.arena.close()
-        ended, mapped = self.lib.fake_end(self.handle), self.lib.fake_mapped(self.handle)
-        left = self.lib.fake_server(self.handle)
-        self.lib.fake_xen_free(self.handle)
-        assert not mapped, "extents are still mapped"
+        ended = self.lib.fake_end()
+        assert not self.facts.mapped, "extents are still mapped"
         assert ended == 0
-        assert self.gone or not left, "the ioreq server is still there"
+        assert self.gone or not self.facts.server, "the ioreq server is still there"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cffi import FFI
 from fake_hypervisor import XTAB
-from fake_p2m import IN, LEAVE, MAP, OUT, OUT_IN, TYPES, XenGuest, compile_fake_p2m
+from fake_p2m import IN, LEAVE, OUT, OUT_IN, XenGuest, compile_fake_p2m
+from fake_xen import MAP, TYPES
 
 from checkpointd.errors import HypervisorError
 
@@ -72,7 +73,7 @@ HOLE, STACK = 900, 3  # pfns
 def put_grant(
     guest: XenGuest, pfn: int = HOLE, command: int = ADD_TO_PHYSMAP, space: int = GRANTS, *, long: bool = True
 ) -> bool:  # fmt: skip
-    return bool(guest.lib.fake_put_grant(guest.handle, pfn, STACK, command, space, long))
+    return bool(guest.lib.fake_put_grant(pfn, STACK, command, space, long))
 
 
 def test_a_resume_that_puts_the_grant_table_where_it_was_changes_nothing(
@@ -82,12 +83,12 @@ def test_a_resume_that_puts_the_grant_table_where_it_was_changes_nothing(
     guest = make()
     guest.epoch()
     guest.epoch()
-    mapped = guest.lib.fake_mapped(guest.handle)
+    mapped = guest.facts.mapped
     assert mapped > 0
     assert put_grant(guest), "it is answered"
     assert guest.mappings.refresh() == 0
-    assert guest.lib.fake_mapped(guest.handle) == mapped
-    assert guest.lib.fake_requests(guest.handle) == 0
+    assert guest.facts.mapped == mapped
+    assert guest.lib.fake_requests() == 0
     guest.out(5)
     assert put_grant(guest), "beside a change it hides nothing"
     assert guest.mappings.refresh() > 0
@@ -111,7 +112,7 @@ def test_any_other_request_counts_as_a_change(
 def test_a_pfn_of_which_nothing_is_known_may_have_had_a_page(make: Callable[..., XenGuest]) -> None:
     guest = make()
     assert put_grant(guest)
-    assert guest.lib.fake_requests(guest.handle) == 1
+    assert guest.lib.fake_requests() == 1
 
 
 def test_a_page_that_comes_in_is_found_though_no_log_has_it(make: Callable[..., XenGuest]) -> None:
@@ -120,7 +121,7 @@ def test_a_page_that_comes_in_is_found_though_no_log_has_it(make: Callable[..., 
     assert guest.put(900, 78)  # nothing was there, nothing left: no request, no dirty bit
     guest.epoch()
     assert guest.replica[900] == 78
-    assert guest.lib.fake_requests(guest.handle) == 0
+    assert guest.lib.fake_requests() == 0
 
 
 def test_one_page_out_and_another_in_at_a_constant_number_of_frames(
@@ -129,10 +130,10 @@ def test_one_page_out_and_another_in_at_a_constant_number_of_frames(
     guest = make()
     guest.epoch()
     guest.mappings.invalidate_all()  # what is not mapped leaves the number at once
-    tot = guest.lib.fake_tot_pages(guest.handle)
+    tot = guest.facts.tot_pages
     guest.out(5)
     assert guest.put(900, 79)
-    assert guest.lib.fake_tot_pages(guest.handle) == tot
+    assert guest.facts.tot_pages == tot
     guest.epoch()
     assert not guest.wrong()
 
@@ -142,12 +143,12 @@ def test_frames_are_given_back_by_the_next_look_and_the_guest_may_grow_again(
 ) -> None:
     guest = make(nr_frames=800)  # 400 in use, the rest is for growing
     guest.epoch()
-    before = guest.lib.fake_tot_pages(guest.handle)
+    before = guest.facts.tot_pages
     for pfn in range(100):
         guest.out(pfn)
-    assert guest.lib.fake_tot_pages(guest.handle) == before, "still mapped, still charged"
+    assert guest.facts.tot_pages == before, "still mapped, still charged"
     assert guest.mappings.refresh() > 0
-    assert guest.lib.fake_tot_pages(guest.handle) == before - 100
+    assert guest.facts.tot_pages == before - 100
     for pfn in range(100):
         assert guest.put(pfn, 1000 + pfn)
     guest.epoch()
@@ -182,15 +183,15 @@ def test_what_was_learnt_before_the_watch_began_is_not_trusted(
 def test_a_hole_is_asked_for_once(make: Callable[..., XenGuest]) -> None:
     guest = make()
     guest.epoch()
-    assert guest.lib.fake_asked(guest.handle) <= 2 * guest.nr_pfns, "the first listing, and audits"
+    assert guest.facts.pfns_asked <= 2 * guest.nr_pfns, "the first listing, and audits"
     guest.pending.fill()
-    asked = guest.lib.fake_asked(guest.handle)
+    asked = guest.facts.pfns_asked
     guest.epoch()
     present = len(guest.memory())
-    assert guest.lib.fake_asked(guest.handle) - asked <= present + 20  # audits: 4 pages an epoch
-    calls = guest.lib.fake_type_calls(guest.handle)
+    assert guest.facts.pfns_asked - asked <= present + 20  # audits: 4 pages an epoch
+    calls = guest.facts.calls[TYPES]
     assert guest.pause().dirty == 0
-    assert guest.lib.fake_type_calls(guest.handle) - calls == 1  # of the audit
+    assert guest.facts.calls[TYPES] - calls == 1  # of the audit
 
 
 def test_types_of_holes_and_pages_in_any_order(make: Callable[..., XenGuest]) -> None:
@@ -243,7 +244,7 @@ def _function(guest: XenGuest, name: str) -> Callable[..., int]:
 def test_a_host_without_room_for_mappings(make: Callable[..., XenGuest], error: int) -> None:
     guest = make()
     base = guest.ffi.new("void **")
-    guest.lib.fake_fail_map(guest.handle, error)
+    guest.facts.fail_map = error
     expected = -errno.ENOSPC if error == errno.ENOMEM else -error
     assert _function(guest, "map")(0, 512, base) == expected
 
@@ -269,10 +270,10 @@ def test_a_page_that_leaves_while_its_extent_is_mapped_is_not_touched(
     guest.write(3, 33)
     guest.write(4, 44)
     # It has left, and neither the number of frames nor a request tells of it yet: touching it would be a SIGSEGV.
-    guest.lib.fake_hook(guest.handle, TYPES, 1, LEAVE, 3)
+    guest.lib.fake_hook(TYPES, 1, LEAVE, 3)
     guest.live_round()
     assert guest.value(3) == -1
-    assert guest.lib.fake_left(guest.handle)
+    assert guest.lib.fake_left()
     assert guest.put(3, 333)
     guest.epoch()
     assert not guest.wrong()
@@ -281,7 +282,7 @@ def test_a_page_that_leaves_while_its_extent_is_mapped_is_not_touched(
 def test_a_guest_that_grows_beyond_its_p2m_is_refused(make: Callable[..., XenGuest]) -> None:
     guest = make()
     guest.epoch()
-    guest.lib.fake_grow(guest.handle, 1)
+    guest.facts.nr_pfns += 1
     assert guest.put(900, 1)
     with pytest.raises(HypervisorError, match="out of range"):
         guest.mappings.refresh()
@@ -290,13 +291,13 @@ def test_a_guest_that_grows_beyond_its_p2m_is_refused(make: Callable[..., XenGue
 def test_a_domain_that_is_gone(make: Callable[..., XenGuest]) -> None:
     guest = make()
     guest.epoch()
-    guest.lib.fake_be_gone(guest.handle)
+    guest.facts.gone = True
     guest.gone = True
     with pytest.raises(HypervisorError, match="shutdown"):
         guest.mappings.refresh()
-    assert guest.lib.fake_ioreq_destroy(guest.handle, guest.server) == -errno.ENOENT
+    assert guest.lib.fake_ioreq_destroy(guest.server) == -errno.ENOENT
     guest.mappings.close()
-    assert guest.lib.fake_end(guest.handle) == 0, "what is gone needs no undoing"
+    assert guest.lib.fake_end() == 0, "what is gone needs no undoing"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -332,7 +333,7 @@ def test_whatever_the_guest_does_and_when_the_replica_is_exact(
             act()
         for _ in range(rng.randrange(4)):
             guest.lib.fake_hook(
-                guest.handle, rng.choice([TYPES, MAP]), rng.randrange(1, 6), rng.choice([OUT, IN, OUT_IN]),
+                rng.choice([TYPES, MAP]), rng.randrange(1, 6), rng.choice([OUT, IN, OUT_IN]),
                 rng.randrange(guest.nr_pfns),
             )  # fmt: skip
         if rng.randrange(3) == 0:
@@ -348,76 +349,76 @@ def test_a_vcpu_is_answered_though_nobody_looks(make: Callable[..., XenGuest]) -
     guest = make()
     for pfn in range(50):
         guest.out(pfn)  # each waits for the answer, on both vcpus
-    assert guest.lib.fake_requests(guest.handle) == 50
+    assert guest.lib.fake_requests() == 50
 
 
 def test_the_vcpus_of_a_dead_holder_are_woken_and_its_server_goes(
     make: Callable[..., XenGuest],
 ) -> None:
     guest = make()
-    lib, handle = guest.lib, guest.handle
-    lib.fake_mute(handle, True)
-    lib.fake_ask(handle, 1)
-    assert lib.fake_waits(handle, 1), "nobody answers"
-    assert lib.fake_ioreq_destroy(handle, guest.server) == -errno.EBUSY, "its ports are bound"
-    assert lib.fake_server(handle)
-    assert lib.fake_waits(handle, 1)
+    lib, facts = guest.lib, guest.facts
+    facts.mute = True
+    lib.fake_ask(1)
+    assert lib.fake_waits(1), "nobody answers"
+    assert lib.fake_ioreq_destroy(guest.server) == -errno.EBUSY, "its ports are bound"
+    assert facts.server
+    assert lib.fake_waits(1)
 
-    lib.fake_unbind(handle)
-    lib.fake_mute(handle, False)
-    assert lib.fake_ioreq_destroy(handle, guest.server) == 0
-    assert not lib.fake_waits(handle, 1)
-    assert not lib.fake_server(handle)
-    assert lib.fake_ioreq_destroy(handle, guest.server) == -errno.ENOENT, "a second time"
+    lib.fake_unbind()
+    facts.mute = False
+    assert lib.fake_ioreq_destroy(guest.server) == 0
+    assert not lib.fake_waits(1)
+    assert not facts.server
+    assert lib.fake_ioreq_destroy(guest.server) == -errno.ENOENT, "a second time"
 
 
 def test_closing_answers_who_still_waits(make: Callable[..., XenGuest]) -> None:
     guest = make()
-    lib, handle = guest.lib, guest.handle
-    lib.fake_mute(handle, True)  # the event is lost
-    lib.fake_ask(handle, 0)
-    lib.fake_mute(handle, False)
+    lib, facts = guest.lib, guest.facts
+    facts.mute = True  # the event is lost
+    lib.fake_ask(0)
+    facts.mute = False
     guest.mappings.close()
-    assert lib.fake_end(handle) == 0
-    assert not lib.fake_waits(handle, 0)
-    assert not lib.fake_server(handle)
+    assert lib.fake_end() == 0
+    assert not lib.fake_waits(0)
+    assert not facts.server
 
 
 @pytest.fixture
 def fresh(fake_p2m: Any) -> Iterator[tuple[Any, Any, int]]:
     """A guest whose ioreq server is not enabled yet; both its vcpus ask as soon as it is."""
     _, lib = fake_p2m
-    handle = lib.fake_xen_new(1000, 800, False)
-    server = lib.fake_begin(handle, False)
+    assert lib.fake_new(1000, 800, False)
+    server = lib.fake_begin(False)
     assert server >= 0
-    lib.fake_ask_at_enable(handle)
-    yield lib, handle, server
-    lib.fake_xen_free(handle)
+    lib.guest.ask_at_enable = True
+    yield lib, lib.guest, server
+    lib.fake_end()
 
 
 def test_a_server_that_cannot_be_enabled_leaves_nobody_waiting(
     fresh: tuple[Any, Any, int],
 ) -> None:
     """Dom0 has one event channel left: the second vcpu asks, and no port of it can be bound."""
-    lib, handle, _ = fresh
-    lib.fake_free_ports(handle, 1)
-    assert lib.fake_watch(handle) == -errno.ENOSPC
-    assert lib.fake_waits(handle, 1)
-    assert lib.fake_end(handle) == 0
-    assert not lib.fake_waits(handle, 0)
-    assert not lib.fake_waits(handle, 1)
-    assert not lib.fake_server(handle)
+    lib, facts, _ = fresh
+    facts.free_ports = 1
+    assert lib.fake_watch() == -errno.ENOSPC
+    assert lib.fake_waits(1)
+    assert lib.fake_end() == 0
+    assert not lib.fake_waits(0)
+    assert not lib.fake_waits(1)
+    assert not facts.server
 
 
 def test_a_server_somebody_waits_for_is_left_to_the_watcher(fresh: tuple[Any, Any, int]) -> None:
     """Destroyed, it would take with it all that could still let them go on."""
-    lib, handle, server = fresh
-    lib.fake_free_ports(handle, 0)
-    assert lib.fake_watch(handle) == -errno.ENOSPC
-    assert lib.fake_end(handle) == -errno.ENOSPC
-    assert lib.fake_server(handle)
-    lib.fake_free_ports(handle, 1)
-    assert lib.fake_ioreq_destroy(handle, server) == 0
-    assert not lib.fake_waits(handle, 0)
-    assert not lib.fake_waits(handle, 1)
-    assert not lib.fake_server(handle)
+    lib, facts, server = fresh
+    facts.free_ports = 0
+    assert lib.fake_watch() == -errno.ENOSPC
+    assert lib.fake_end() == -errno.ENOSPC
+    assert facts.server
+    facts.free_ports = 1
+    assert lib.fake_ioreq_destroy(server) == 0
+    assert not lib.fake_waits(0)
+    assert not lib.fake_waits(1)
+    assert not facts.server
