@@ -18,6 +18,7 @@ from checkpointd.wire.frames import Kind
 from checkpointd.wire.messages import SEED_BYTES
 
 from .epoch import EpochTaker
+from .rounds import LiveRounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +65,7 @@ class Capture:
         self._progress = progress
         self._seen = seen
         self._arena_pages = min(limits.arena // PAGE_SIZE, info.nr_pfns)
-        self._limit = limits.max_live_rounds * max(1, info.ram_pages)
+        self._most_live = limits.max_live_rounds * max(1, info.ram_pages)
         self._taker = EpochTaker(
             domain.table,
             info.nr_pfns,
@@ -141,22 +142,22 @@ class Capture:
             self._taker.close()
 
     def _copy_live(self) -> None:
-        copied = 0
+        rounds = LiveRounds(self._arena_pages, self._most_live)
         while True:
             outcome = self._taker.live_round(0)
             self._seen(outcome)
             self._check(outcome)
             self._write()
             self._taker.dirty.keep(0)
-            if outcome.remaining <= self._arena_pages // 2:
+            if rounds.enough(outcome.pages + outcome.zeros, outcome.remaining):
                 return
-            copied += outcome.pages + outcome.zeros
             ram_pages = self._domain.info.ram_pages
-            self._progress(min(copied, ram_pages - 1), ram_pages)
-            if copied > self._limit:
+            self._progress(min(rounds.staged, ram_pages - 1), ram_pages)
+            if rounds.used_up:
                 raise ProtectionLostError(
-                    f"{self._domain.info.name} dirties its memory faster than it can be copied: after {copied} pages "
-                    f"{outcome.remaining} are still to be sent, and a pause takes {self._arena_pages}. "
+                    f"{self._domain.info.name} dirties its memory faster than it can be copied: after "
+                    f"{rounds.staged} pages {outcome.remaining} are still to be sent, and a pause takes "
+                    f"{self._arena_pages}. "
                     "Give a larger --arena (one as large as the guest is always enough)"
                 )
 

@@ -32,6 +32,7 @@ from . import events as e
 from .farewell import Farewell
 from .flights import Flight, Flights
 from .pacing import Pacer
+from .rounds import LiveRounds
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -62,7 +63,7 @@ class Protection:
         self.acked_epoch: int | None = None
         self.output_shut = output_shut
         self.pacer = Pacer(policy.interval_ns, now)
-        self.live_pages = 0  # staged by live rounds for the epoch in the making
+        self._rounds = self._new_rounds()  # for the epoch in the making
         self._live = True  # copying while the guest runs, until the dirty set fits an arena
         self._copying = False  # the standby has said what it has; parts may be staged
         self._flights = Flights(policy.arenas)
@@ -249,14 +250,12 @@ class Protection:
                 self.output_shut = True
             self.epoch += 1
             self.part = 0
-            self.live_pages = 0
+            self._rounds = self._new_rounds()
             self.pacer.started(now)
         else:
-            self.live_pages += event.pages
-            # Half an arena is left for what the guest dirties until it is stopped. Once the rounds are used up it is
-            # stopped all the same: either it fits now, or it is given up.
-            fits = event.left <= self.policy.arena_pages // 2
-            self._live = not (fits or self._rounds_used_up())
+            # Once the rounds are used up it is stopped all the same: either it fits now, or it is given up.
+            enough = self._rounds.enough(event.pages, event.left)
+            self._live = not (enough or self._rounds.used_up)
 
     def _overflow(self, event: e.Overflow, now: int, out: list[e.Instruction]) -> None:
         self._progress_ns = now
@@ -268,7 +267,7 @@ class Protection:
                 )
             )
         self._live = True
-        if self._rounds_used_up():
+        if self._rounds.used_up:
             self._give_up(
                 f"the guest dirties memory faster than it can be shipped: {event.dirty} pages after "
                 f"{self.policy.max_live_rounds} rounds; enlarge --arena or use a faster link",
@@ -276,8 +275,9 @@ class Protection:
                 out,
             )
 
-    def _rounds_used_up(self) -> bool:
-        return self.live_pages >= self.policy.max_live_rounds * max(self.policy.ram_pages, 1)
+    def _new_rounds(self) -> LiveRounds:
+        policy = self.policy
+        return LiveRounds(policy.arena_pages, policy.max_live_rounds * max(policy.ram_pages, 1))
 
     def _shipped(self, event: e.Shipped, now: int, out: list[e.Instruction]) -> None:
         if self._flights.shipped(event.epoch, event.part, now) and self._flights.may_land:
@@ -441,7 +441,7 @@ class Protection:
         self._flights.clear()
         self.epoch += 1
         self.part = 0
-        self.live_pages = 0
+        self._rounds = self._new_rounds()
         self._live = True
 
     def _open(self, why: str, out: list[e.Instruction]) -> None:

@@ -22,6 +22,7 @@ from checkpointd.primary.dirty import DirtySet
 from checkpointd.primary.epoch import Frame
 from checkpointd.primary.events import Ship, ShipFailed, Shipped
 from checkpointd.primary.pacing import Pacer
+from checkpointd.primary.rounds import LiveRounds
 from checkpointd.primary.shipping import Known, Session, Shipper
 from checkpointd.primary.watchdog import Watchdog
 from checkpointd.wire import frames
@@ -91,6 +92,31 @@ def test_a_pause_longer_than_the_interval_leaves_the_guest_an_interval() -> None
     pacer.due(0)
     pacer.started(130)
     assert pacer.next_start == 230
+
+
+# -------------------------------------------------------------------- live rounds
+
+
+def test_rounds_go_on_while_they_gain_and_until_half_an_arena_is_left() -> None:
+    rounds = LiveRounds(800, 10_000)
+    assert [rounds.enough(800, left) for left in (4000, 2000, 600, 401, 400)] == [
+        False, False, False, False, True,
+    ]  # fmt: skip
+
+
+def test_a_guest_that_writes_as_fast_as_it_is_copied_is_stopped_for_what_fits() -> None:
+    rounds = LiveRounds(800, 100_000)
+    assert [rounds.enough(800, left) for left in (4000, 701, 705, 690, 690)] == [
+        False, False, False, False, True,
+    ]  # fmt: skip
+    assert not rounds.used_up
+
+
+def test_a_guest_that_writes_faster_than_it_is_copied_uses_the_rounds_up() -> None:
+    rounds = LiveRounds(800, 2000)
+    for used_up in (False, False, True):
+        assert not rounds.enough(800, 900)
+        assert rounds.used_up is used_up
 
 
 # -------------------------------------------------------------------- shipping
