@@ -38,7 +38,6 @@ class Limits:
     # Passes over the whole memory, in pages copied while the guest runs: beyond it the guest is faster than we are.
     max_live_rounds: int
     detect_zero: bool = True
-    precopy: bool = True
 
 
 class Capture:
@@ -76,7 +75,6 @@ class Capture:
             audit_pages=0,
             suspend_timeout_ns=limits.suspend_timeout_ns,
             detect_zero=limits.detect_zero,
-            precopy=limits.precopy,
             sealed=False,
         )
 

@@ -16,10 +16,6 @@ from .dirty import DirtySet
 if TYPE_CHECKING:
     from checkpointd.native import DigestKey, Outcome
 
-# Pages that are expected to be dirty from which on it pays to copy before the pause: one record of 1 MiB. Fewer are
-# copied in less time than the second look at the dirty log takes, for which Xen stops the guest, too.
-PRECOPY_LEAST = 256
-
 # Octets of a frame that lists pfns: as large as a frame of pages, so that nothing needs a bigger limit.
 LIST_FRAME_BYTES = 1 << 20
 
@@ -48,20 +44,14 @@ class EpochTaker:
         audit_pages: int,
         suspend_timeout_ns: int,
         detect_zero: bool,
-        precopy: bool,
         sealed: bool = True,
     ) -> None:
-        """`precopy`: before a pause, if the epoch before it had enough to copy. `sealed`: frames are for the wire, and
-        have digests.
-        """
+        """`sealed`: frames are for the wire, and have digests."""
         self._table = table
         self._nr_pfns = nr_pfns
         self.key = key  # of the session; a new session sets another
         self._suspend_timeout_ns = suspend_timeout_ns
         self._detect_zero = detect_zero
-        self._precopy = precopy
-        # Pages of the last two epochs, or what live rounds left: one short epoch says little of the next one.
-        self._expected = (0, 0)
         self._with_digests = sealed
         self.mappings = native.Mappings(table, nr_pfns, mapping_budget)
         self.arenas = [
@@ -90,14 +80,12 @@ class EpochTaker:
             suspend_timeout_ns=self._suspend_timeout_ns,
             close_output=close_output,
             stay=stay,
-            precopy=self._pays(arena),
             detect_zero=self._detect_zero,
         )
         if outcome.status == 0:
             # The secondary gets other versions now: one that comes back is not known any more.
             self.known = None
             self._audit_cursor = outcome.cursor
-            self._expected = (self._expected[1], outcome.dirty)
             self._seal(index, final=True)
         return outcome
 
@@ -117,13 +105,8 @@ class EpochTaker:
         )
         if outcome.status == 0:
             self._round_cursor = outcome.cursor
-            self._expected = (0, outcome.remaining)
             self._seal(index, final=False)
         return outcome
-
-    def _pays(self, arena: native.Arena) -> bool:
-        """Is a pre-copy worth it? One of more than half an arena copies nothing (pause.h)."""
-        return self._precopy and PRECOPY_LEAST <= max(self._expected) <= arena.capacity // 2
 
     def frames(self, index: int) -> list[Frame]:
         """What lies sealed in arena `index`, in the order of its sequence numbers."""

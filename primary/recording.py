@@ -132,7 +132,6 @@ class Recording:
                 options.suspend_timeout,
                 options.max_live_rounds,
                 options.zero_pages,
-                options.precopy,
             ),
             progress=self._copied_pages,
             seen=self._seen,

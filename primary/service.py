@@ -141,7 +141,6 @@ class PrimaryService:
             audit_pages=options.audit_pages,
             suspend_timeout_ns=options.suspend_timeout,
             detect_zero=options.zero_pages,
-            precopy=options.precopy,
         )
         self._control = control(self._deliver, self._events.put)
         self._shipper = Shipper(bulk, self._events.put, self._events.put, metrics.sent_bytes)

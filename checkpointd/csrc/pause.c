@@ -45,7 +45,6 @@ static void give_back(const struct ck_request *q, struct ck_outcome *out)
     memset(q->carried, 0, ck_bitmap_words(nr_pfns) * sizeof(uint64_t));
     ck_arena_empty(q->arena);
     out->pages = out->zeros = out->gone = out->known = out->audited = 0;
-    out->precopied = out->twice = 0;
     out->cursor = q->cursor;
 }
 
@@ -144,31 +143,13 @@ static void forget_known(const struct ck_request *q, uint64_t pfn)
         memset(q->known + pfn * CK_DIGEST_SIZE, 0, CK_DIGEST_SIZE);
 }
 
-/* What the guest does while its pages are staged. */
-enum manner {
-    STOPPED,
-    LIVE,    /* runs */
-    PRECOPY, /* runs, and will be stopped: then what is dirty is staged once more */
-};
-
-/* It stays dirty. */
-static void put_off(const struct ck_request *q, uint64_t pfn)
-{
-    ck_bit_clear(q->carried, pfn);
-    ck_bit_set(q->pending, pfn);
-}
-
 static void stage_page(const struct ck_request *q, struct ck_outcome *out, uint64_t word,
-                       const uint8_t *base, enum manner how)
+                       const uint8_t *base)
 {
     struct ck_arena *arena = q->arena;
     uint64_t pfn = word & CK_PFN_MASK;
 
     if (content(word) == NOTHING) {
-        if (how == PRECOPY) {
-            put_off(q, pfn);
-            return;
-        }
         ck_bit_clear(q->mappings->populated, pfn);
         /* `theirs` keeps its bit: nobody knows yet whether this part will arrive. */
         if (ck_bit_test(q->mappings->theirs, pfn))
@@ -183,19 +164,14 @@ static void stage_page(const struct ck_request *q, struct ck_outcome *out, uint6
         out->known++;
         return;
     }
-    bool zero = q->detect_zero && ck_kernel->page_is_zero(page);
-    if (zero && how == PRECOPY) {
-        put_off(q, pfn);
-        return;
-    }
-    if (zero)
+    if (q->detect_zero && ck_kernel->page_is_zero(page))
         arena->zero[arena->zeros++] = word;
     else
         ck_arena_put(arena, word, page);
     forget_known(q, pfn);
 }
 
-/* The guest running: are words[0..n), of the one extent that is mapped at `base`, still what their types said?
+/* Live only: are words[0..n), of the one extent that is mapped at `base`, still what their types said?
  * If not, they wait for the next round. Frames may have changed between the types and the mapping, and
  * a page that has gone is a hole now. The news of it may have come while another extent of the same
  * batch was looked at: what this round has heard so far is in `changed`. */
@@ -215,7 +191,7 @@ static bool still_true(const struct ck_request *q, struct ck_outcome *out, const
 
 /* Stage words[0..n), whose pfns lie in one extent. */
 static bool stage_run(const struct ck_request *q, struct ck_outcome *out, const uint64_t *words,
-                      uint32_t n, enum manner how)
+                      uint32_t n, bool live)
 {
     const uint8_t *base = NULL;
     uint32_t with_data = 0;
@@ -229,30 +205,31 @@ static bool stage_run(const struct ck_request *q, struct ck_outcome *out, const 
 
         if (rc)
             return fail(out, CK_STEP_MAP, rc);
-        if (how != STOPPED && !still_true(q, out, words, n, base, &same))
+        if (live && !still_true(q, out, words, n, base, &same))
             return false;
         if (!same) {
-            for (uint32_t i = 0; i < n; i++)
-                put_off(q, words[i] & CK_PFN_MASK);
+            for (uint32_t i = 0; i < n; i++) {
+                ck_bit_clear(q->carried, words[i] & CK_PFN_MASK);
+                ck_bit_set(q->pending, words[i] & CK_PFN_MASK);
+            }
             return true;
         }
     }
     for (uint32_t i = 0; i < n; i++) {
         if (i + 1 < n)
             prefetch(q->mappings, words[i + 1] & CK_PFN_MASK);
-        stage_page(q, out, words[i], base, how);
+        stage_page(q, out, words[i], base);
     }
     return true;
 }
 
 static bool stage_batch(const struct ck_request *q, struct ck_outcome *out, const uint64_t *pfns,
-                        uint32_t n, enum manner how)
+                        uint32_t n, bool live)
 {
     uint64_t words[BATCH];
 
     for (uint32_t i = 0; i < n; i++) {
         ck_bit_clear(q->pending, pfns[i]);
-        out->twice += ck_bit_test(q->carried, pfns[i]);
         ck_bit_set(q->carried, pfns[i]);
     }
     if (!ask_types(q, out, CK_STEP_TYPES, pfns, words, n))
@@ -260,7 +237,7 @@ static bool stage_batch(const struct ck_request *q, struct ck_outcome *out, cons
     for (uint32_t i = 0, next; i < n; i = next) {
         for (next = i + 1; next < n && pfns[next] >> CK_EXTENT_SHIFT == pfns[i] >> CK_EXTENT_SHIFT;)
             next++;
-        if (!stage_run(q, out, words + i, next - i, how))
+        if (!stage_run(q, out, words + i, next - i, live))
             return false;
     }
     return true;
@@ -277,7 +254,7 @@ static uint32_t room(const struct ck_arena *arena)
 
 /* Stage what is pending in [first, end), as far as there is room; *next is where it stopped. */
 static bool stage_range(const struct ck_request *q, struct ck_outcome *out, uint64_t first,
-                        uint64_t end, enum manner how, uint64_t *next)
+                        uint64_t end, bool live, uint64_t *next)
 {
     uint64_t pfns[BATCH];
 
@@ -285,7 +262,7 @@ static bool stage_range(const struct ck_request *q, struct ck_outcome *out, uint
         uint32_t n = ck_bitmap_list(q->pending, *next, end, pfns, room(q->arena));
 
         *next = n ? pfns[n - 1] + 1 : end;
-        if (n && !stage_batch(q, out, pfns, n, how))
+        if (n && !stage_batch(q, out, pfns, n, live))
             return false;
     }
     return true;
@@ -372,16 +349,6 @@ static bool audit(const struct ck_request *q, struct ck_outcome *out)
     return true;
 }
 
-/* Will the arena take what is dirty? Copies made beforehand give way if they must. */
-static bool make_room(const struct ck_request *q, struct ck_outcome *out)
-{
-    if (out->dirty > q->arena->capacity - q->arena->pages) {
-        give_back(q, out);
-        out->dirty = ck_bitmap_count(q->pending, q->mappings->nr_pfns);
-    }
-    return out->dirty <= q->arena->capacity;
-}
-
 /* All that is done while the guest stands still. */
 static void checkpoint(const struct ck_request *q, struct ck_outcome *out, int64_t mark)
 {
@@ -392,11 +359,11 @@ static void checkpoint(const struct ck_request *q, struct ck_outcome *out, int64
     out->harvest_ns = lap(&mark);
     if (!ok)
         return;
-    if (!make_room(q, out)) {
+    if (out->dirty > q->arena->capacity) {
         out->status = CK_TOO_MANY;
         return;
     }
-    ok = stage_range(q, out, 0, q->mappings->nr_pfns, STOPPED, &end);
+    ok = stage_range(q, out, 0, q->mappings->nr_pfns, false, &end);
     if (ok)
         seal(q, out);
     out->stage_ns = lap(&mark);
@@ -426,26 +393,15 @@ static bool begin(const struct ck_request *q, struct ck_outcome *out)
     return true;
 }
 
-/* Whether the pause may follow. */
-static bool precopy(const struct ck_request *q, struct ck_outcome *out)
-{
-    int64_t mark = now_ns();
-    uint64_t end;
-    bool ok = harvest(q, out, CK_HARVEST_CLEAN);
-
-    if (ok && out->dirty <= q->arena->capacity / 2)
-        ok = stage_range(q, out, 0, q->mappings->nr_pfns, PRECOPY, &end);
-    out->precopied = q->arena->pages;
-    out->precopy_ns = lap(&mark);
-    return ok;
-}
-
-static void stop_and_copy(const struct ck_request *q, struct ck_outcome *out)
+void ck_pause(const struct ck_request *q, struct ck_outcome *out)
 {
     const struct ck_hypervisor *hypervisor = q->mappings->hypervisor;
     int64_t mark = now_ns(), stopped, resuming;
-    int rc = hypervisor->suspend(hypervisor->domain, q->suspend_timeout_ns);
+    int rc;
 
+    if (!begin(q, out))
+        return;
+    rc = hypervisor->suspend(hypervisor->domain, q->suspend_timeout_ns);
     out->suspend_ns = lap(&mark);
     stopped = mark;
     if (rc)
@@ -459,28 +415,12 @@ static void stop_and_copy(const struct ck_request *q, struct ck_outcome *out)
     mark = now_ns();
     out->resume_ns = mark - resuming;
     out->pause_ns = mark - stopped;
-}
-
-void ck_pause(const struct ck_request *q, struct ck_outcome *out)
-{
-    const struct ck_hypervisor *hypervisor = q->mappings->hypervisor;
-
-    if (!begin(q, out))
-        return;
-    if (!q->precopy || precopy(q, out))
-        stop_and_copy(q, out);
-    else /* it may have stopped late, for a suspend() that was given up */
-        out->resume_status = hypervisor->resume(hypervisor->domain);
 
     /* The guest runs: what follows costs it nothing. */
-    if (out->status) {
+    if (out->status)
         give_back(q, out);
-        ck_mappings_take_changed(q->mappings, q->pending);
-    } else {
-        out->dirty = ck_bitmap_count(q->carried, q->mappings->nr_pfns);
-        if (out->resume_status)
-            out->step = CK_STEP_RESUME;
-    }
+    else if (out->resume_status)
+        out->step = CK_STEP_RESUME;
     out->remaining = ck_bitmap_count(q->pending, q->mappings->nr_pfns);
 }
 
@@ -494,9 +434,9 @@ void ck_live_round(const struct ck_request *q, struct ck_outcome *out)
         return;
     ok = harvest(q, out, CK_HARVEST_CLEAN);
     out->harvest_ns = lap(&mark);
-    ok = ok && stage_range(q, out, q->cursor, nr_pfns, LIVE, &out->cursor);
+    ok = ok && stage_range(q, out, q->cursor, nr_pfns, true, &out->cursor);
     if (ok && out->cursor == nr_pfns)
-        ok = stage_range(q, out, 0, q->cursor, LIVE, &out->cursor);
+        ok = stage_range(q, out, 0, q->cursor, true, &out->cursor);
     if (ok)
         seal(q, out);
     else

@@ -50,7 +50,6 @@ struct ck_request {
     int64_t suspend_timeout_ns;
     bool close_output; /* pause */
     bool stay;         /* pause: if all goes well the guest is left suspended */
-    bool precopy;      /* pause: before it, stage what is dirty by then, the guest running */
     bool detect_zero;
 };
 
@@ -60,14 +59,11 @@ struct ck_outcome {
     enum ck_step step;
 
     /* CLOCK_MONOTONIC nanoseconds; pause_ns: from the return of suspend() to that of resume(). */
-    int64_t precopy_ns; /* 0: none was asked for */
     int64_t suspend_ns, harvest_ns, stage_ns, context_ns, audit_ns, output_ns, resume_ns, pause_ns;
 
     uint64_t pages, zeros, gone; /* staged: with data, all zero, nothing there */
-    uint64_t precopied; /* of `pages`, before the pause */
-    uint64_t twice;     /* of those, found dirty again by it */
     uint64_t known;     /* left out, since the other side has them; their bits are in `carried` */
-    uint64_t dirty;     /* pages found dirty, each counted once; of a pause that failed: by its last harvest */
+    uint64_t dirty;     /* bits in `pending` after the harvest */
     uint64_t remaining; /* bits in `pending` at the end */
     uint64_t audited;
     uint64_t cursor; /* for the next call of the same kind */
@@ -75,13 +71,7 @@ struct ck_outcome {
 };
 
 /* One epoch: suspend, harvest FINAL, stage everything, context, audit, output_close, resume. The
- * guest is resumed on every path, but for a success with `stay`.
- *
- * With `precopy`, harvest CLEAN and stage come before all that, so that the pause has only those
- * pages left to copy that the guest wrote meanwhile. They follow the earlier copy in the arena, and
- * what comes later counts: pages by their place, then zeros, then gone. To keep that order true,
- * holes and pages of zeros are left to the pause. Nothing is copied beforehand if more than half an arena
- * is dirty, since the pause may have to stage all of it again. */
+ * guest is resumed on every path on which suspend() was called, but for a success with `stay`. */
 void ck_pause(const struct ck_request *request, struct ck_outcome *outcome);
 
 /* One round with the guest running: harvest CLEAN, then stage from the cursor upwards and round to

@@ -156,11 +156,6 @@ class PrimaryOptions(CommonOptions):
         "guest that dirties it faster than that is given up",
     )
     zero_pages: bool = setting(switch(), "yes", "look for pages of zeros, and do not send them")
-    precopy: bool = setting(
-        switch(),
-        "yes",
-        "copy what is dirty before each pause: it is shorter then, and what the guest writes meanwhile is sent twice",
-    )
     unsafe_disk: bool = setting(
         switch(),
         "no",

@@ -42,12 +42,12 @@ SECONDS = (
 )
 PAGES = tuple(4.0**power for power in range(11))  # 1 page to 4 GiB of them
 
-PHASES = ("precopy", "suspend", "harvest", "stage", "context", "audit", "output", "resume")
+PHASES = ("suspend", "harvest", "stage", "context", "audit", "output", "resume")
 EPOCH_RESULTS = ("acked", "failed", "too-large", "abandoned")
 FAILOVER_REASONS = ("silence", "engine-lost", "asked")
 FENCE_RESULTS = ("fenced", "failed")
 MAPPING_EVENTS = ("hits", "misses", "evicted", "invalidated")
-PAGE_KINDS = ("data", "zero", "gone", "known", "twice")
+PAGE_KINDS = ("data", "zero", "gone", "known")
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 
@@ -143,7 +143,7 @@ class PrimaryMetrics(_Base):
             self._counter(
                 "staged_pages",
                 "Pages staged, by what is sent of them: data, only that it is zero or gone, "
-                "or nothing since the secondary has it (known); twice: of data, dirty again after the pre-copy.",
+                "or nothing since the secondary has it (known).",
                 "domain",
                 "kind",
             ),
@@ -209,7 +209,6 @@ class PrimaryMetrics(_Base):
         self._pages["zero"].inc(outcome.zeros)
         self._pages["gone"].inc(outcome.gone)
         self._pages["known"].inc(outcome.known)
-        self._pages["twice"].inc(outcome.twice)
 
     def failed(self) -> None:
         """A pause or live round failed; its pages stay dirty."""

@@ -32,7 +32,6 @@ class Outcome:
     status: int  # 0, TOO_MANY, or a negative errno
     step: str  # where it failed, "" if it did not; a failure of resume() with status 0 is "resume"
     resume_status: int  # of resume(), which is called on every path: 0 or a negative errno
-    precopy_ns: int  # the guest running, before it was asked to stop; 0: none was asked for
     suspend_ns: int  # until the guest had stopped
     harvest_ns: int  # with the invalidation of mappings
     stage_ns: int
@@ -44,10 +43,8 @@ class Outcome:
     pages: int  # staged with data
     zeros: int
     gone: int
-    precopied: int  # of `pages`, before the pause
-    twice: int  # of those, found dirty again by it
     known: int  # left out since the secondary has them already
-    dirty: int  # pages found dirty in all, each counted once
+    dirty: int  # bits found in all
     remaining: int  # bits in `pending` now
     audited: int
     cursor: int  # where the next audit (pause) or the next live round should begin
@@ -92,13 +89,10 @@ def pause(
     suspend_timeout_ns: int,
     close_output: bool = True,
     stay: bool = False,
-    precopy: bool = False,
     detect_zero: bool = True,
 ) -> Outcome:
     """One epoch in one native call: suspend, harvest, stage, context, audit, close the output,
     resume. With `stay` the guest is left suspended if all went well: closing the domain resumes it.
-    With `precopy` what is dirty is staged beforehand, the guest running, if it is no more than half
-    an arena; the pause stages again what the guest wrote since.
 
     Dirty bits come to `pending` and, once their pages are staged, are in `carried`, which is empty
     before and which the caller clears at the ack, or ORs back into `pending` if there will be none.
@@ -113,7 +107,6 @@ def pause(
     request.suspend_timeout_ns = suspend_timeout_ns
     request.close_output = close_output
     request.stay = stay
-    request.precopy = precopy
     result = ffi.new("struct ck_outcome *")
     lib.ck_pause(request, result)
     return _outcome(result)

@@ -143,8 +143,7 @@ def test_pause_per_page(tmp_path: Path) -> None:
         )  # fmt: skip
         rig.guest_is_up(guest)
         rig.secondary().ready()
-        # No pre-copy: what it leaves to the pause would be counted as if the pause had copied all of it.
-        primary = rig.primary(4, "--interval", f"{INTERVAL_MS}ms", "--precopy", "no")
+        primary = rig.primary(4, "--interval", f"{INTERVAL_MS}ms")
         primary.state("protected", timeout=PATIENCE)
         url = url_of(rig, primary)
         scraper = Scraper(url)

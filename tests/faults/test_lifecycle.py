@@ -20,7 +20,7 @@ from checkpointd.errors import HypervisorError, ProtectionLostError
 from checkpointd.hypervisor.embedded import toolstack
 from checkpointd.hypervisor.embedded.lib import ENGINE_POINTS
 from checkpointd.output.port import OutputStats
-from checkpointd.primary import epoch, service
+from checkpointd.primary import service
 from checkpointd.wire.frames import Kind
 
 if TYPE_CHECKING:
@@ -102,28 +102,18 @@ def test_a_guest_smaller_than_the_arena_is_protected(pair: Pair) -> None:
 # -------------------------------------------------------------------- failing calls
 
 
-@pytest.mark.parametrize("precopy", [True, False], ids=["precopy", "pause-only"])
 @pytest.mark.parametrize("point", sorted(set(ENGINE_POINTS) - {"hv.resume"}))
-def test_one_failing_call_loses_no_dirt(
-    pair: Pair, point: str, precopy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_failing_call_loses_no_dirt(pair: Pair, point: str) -> None:
     """A budget of one extent makes each epoch map and unmap."""
-    monkeypatch.setattr(epoch, "PRECOPY_LEAST", 1)
     faults.arm(f"{point}@{SETTLED}=fail")
     guest, standby, engine = protected(
-        pair, "dirty:256@20", memory=6 * MIB, mapping_budget=2 * MIB, audit_pages=0, precopy=precopy
+        pair, "dirty:256@20", memory=6 * MIB, mapping_budget=2 * MIB, audit_pages=0
     )
     eventually(lambda: _failed(engine), f"a failure of {point}")
     engine.wait("protected")
     engine.committed()
     assert standby.replica(guest).equal
     assert not standby.alarm(guest)
-    assert bool(_precopied(engine)) == precopy
-
-
-def _precopied(engine: Engine) -> float:
-    of = {"domain": engine.domain.info.name}
-    return engine.metrics.registry.get_sample_value("checkpointd_epoch_precopy_seconds_count", of) or 0
 
 
 @pytest.mark.parametrize("point", sorted(set(ENGINE_POINTS) - {"hv.resume"}))

@@ -68,7 +68,6 @@ def test_a_pause_voids_what_is_known(tmp_path: Path) -> None:
                 audit_pages=0,
                 suspend_timeout_ns=int(LIMIT * 1e9),
                 detect_zero=True,
-                precopy=False,
             )
             with closing(taker):
                 domain.enable_log()

@@ -17,13 +17,6 @@ enum call { SUSPEND, RESUME, HARVEST, P2M, TYPES, MAP, UNMAP, CONTEXT, OUTPUT, C
 
 #define HOLE UINT32_MAX
 #define JOURNAL 65536
-#define DEEDS 64
-
-/* What the guest does yet when it is asked to stop. */
-struct deed {
-    char what; /* 'w' writes `value` over a page, 's' gets it another frame, 'h' gives it back */
-    uint64_t pfn, value;
-};
 
 struct fake {
     struct ck_hypervisor table;
@@ -42,15 +35,9 @@ struct fake {
     int tell, wait;      /* fds: suspend writes to the one and waits for the other; -1: it does not */
     bool lies;           /* types() answers about another pfn */
     int64_t swap_after_types, hole_after_types; /* pfns, -1: none; the guest runs on between two calls */
-    struct deed deeds[DEEDS];
-    int nr_deeds;
     char journal[JOURNAL];
     size_t noted;
 };
-
-void fake_swap(struct fake *f, uint64_t pfn);
-void fake_hole(struct fake *f, uint64_t pfn);
-uint8_t *fake_page(struct fake *f, uint64_t pfn);
 
 static bool get(const uint64_t *bits, uint64_t bit) { return bits[bit / 64] >> (bit % 64) & 1; }
 static void set(uint64_t *bits, uint64_t bit) { bits[bit / 64] |= UINT64_C(1) << (bit % 64); }
@@ -72,25 +59,6 @@ static int fault(struct fake *f, enum call call, int late)
     return 0;
 }
 
-void fake_settle(struct fake *f)
-{
-    for (int i = 0; i < f->nr_deeds; i++) {
-        const struct deed *deed = &f->deeds[i];
-        uint64_t *page = (uint64_t *)fake_page(f, deed->pfn);
-
-        if (deed->what == 's')
-            fake_swap(f, deed->pfn);
-        if (deed->what == 'h')
-            fake_hole(f, deed->pfn);
-        if (deed->what != 'w' || !page)
-            continue;
-        for (unsigned k = 0; k < CK_PAGE_SIZE / sizeof *page; k++)
-            page[k] = deed->value;
-        set(f->log, deed->pfn);
-    }
-    f->nr_deeds = 0;
-}
-
 static int suspend(void *domain, int64_t timeout_ns)
 {
     struct fake *f = domain;
@@ -105,7 +73,6 @@ static int suspend(void *domain, int64_t timeout_ns)
         if (write(f->tell, "S", 1) != 1 || poll(&answer, 1, (int)(timeout_ns / 1000000)) != 1)
             return -ETIMEDOUT;
     }
-    fake_settle(f);
     f->suspended = true;
     return fault(f, SUSPEND, 1);
 }
@@ -352,12 +319,6 @@ void fake_after_types(struct fake *f, int64_t swap, int64_t hole)
 {
     f->swap_after_types = swap;
     f->hole_after_types = hole;
-}
-void fake_at_suspend(struct fake *f, char what, uint64_t pfn, uint64_t value)
-{
-    if (f->nr_deeds == DEEDS)
-        abort();
-    f->deeds[f->nr_deeds++] = (struct deed){what, pfn, value};
 }
 int fake_suspended(struct fake *f) { return f->suspended; }
 uint64_t fake_mapped(struct fake *f) { return f->mapped; }

@@ -51,8 +51,6 @@ def compile_fake(directory: Path) -> Any:
         void fake_context_length(void *f, uint64_t length);
         void fake_map_limit(void *f, uint64_t extents);
         void fake_after_types(void *f, int64_t swap, int64_t hole);
-        void fake_at_suspend(void *f, char what, uint64_t pfn, uint64_t value);
-        void fake_settle(void *f);
         int fake_suspended(void *f);
         uint64_t fake_mapped(void *f);
         uint64_t fake_closed(void *f);
@@ -116,19 +114,6 @@ class Guest:
         return native.pause(
             self.table, self.mappings, self.pending, self.carried, self.arena, **options
         )
-
-    def at_suspend(self, what: str, pfn: int, value: int = 0) -> None:
-        """Once it is asked to stop, the guest does this yet: "w" writes `value` (u64) all over a page, "s" gets it
-        another frame, "h" gives it back.
-        """
-        self.lib.fake_at_suspend(self.handle, what.encode(), pfn, value)
-
-    def settle(self) -> None:
-        """What waits for at_suspend() is done now."""
-        self.lib.fake_settle(self.handle)
-
-    def precopied_pause(self, **options: Any) -> Outcome:
-        return self.pause(precopy=True, **options)
 
     def live_round(self, cursor: int = 0, **options: Any) -> Outcome:
         return native.live_round(

