@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from checkpointd.wire.acceptor import Peer, Sent
     from checkpointd.wire.frames import Octets
 
+    from .activations import Activation, Activations
     from .epochs import Budget
     from .worker import ReplicaWorker
 
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # Hellos that wait for their answer at once, of which the machine keeps the last: more are a peer's fault.
 OFFERS = 8
+# States in which nothing is amiss, be it that there is nothing to protect.
+READY = (State.WAITING, State.STANDBY, State.ACTIVE, State.RETIRED)
 
 
 class Link(Protocol):
@@ -89,6 +92,7 @@ class Surroundings:
     limits: Limits
     budget: Budget
     terms: TermStore
+    activations: Activations
     make_fence: Callable[[DomainInfo, str], Fence]  # the guest, and its primary's address
     identity: HostIdentity  # of this daemon
     clock: Callable[[], int]  # monotonic, ns
@@ -104,9 +108,11 @@ class Driver:
         link: Link,
         worker: ReplicaWorker,
         metrics: DomainMetrics,
+        left: Activation | None = None,
     ) -> None:
+        """`left`: an activation that an earlier life of this process did not finish."""
         self.uuid = record.uuid
-        self.machine = Standby(Policy(around.limits.engine_restart_ns), record)
+        self.machine = Standby(Policy(around.limits.engine_restart_ns), record, left)
         self.peer: Peer | None = None  # the control connection of the session
         self.bulk_peer: Peer | None = None
         self._around = around
@@ -118,6 +124,7 @@ class Driver:
         self._authority = Authority(
             self.uuid,
             around.terms,
+            around.activations,
             around.make_fence,
             around.limits.fence_timeout,
             around.clock,
@@ -283,13 +290,21 @@ class Driver:
             case ev.Probe(attempt):
                 self._authority_jobs.do(lambda: self._authority.probe(attempt), self.handle)
             case ev.Fence(attempt):
-                self._authority_jobs.do(lambda: self._authority.fence(attempt), self._fenced)
+                term, last = self.machine.term + 1, self.machine.committed
+                assert last is not None, "fenced for a committed epoch"
+                self._authority_jobs.do(
+                    lambda: self._authority.fence(attempt, term, last), self._fenced
+                )
             case ev.StoreTerm():
                 self._authority_jobs.do(lambda: self._authority.store_term(step), self.handle)
             case ev.StartGuest(epoch):
                 log.info("%s: starting the guest from epoch %d", self.uuid, epoch)
                 paused = self._around.limits.activate_paused
                 self._replica_jobs.do(lambda: self._worker.start(paused=paused), self.handle)
+            case ev.ResumeActivation():
+                self._replica_jobs.do(lambda: self._worker.resume(self.uuid), self.handle)
+            case ev.ForgetActivation():
+                self._authority_jobs.do(self._authority.forget, nothing)
             case ev.Alarm(text):
                 self._raise_alarm(text)
             case _:
@@ -496,6 +511,15 @@ class Driver:
                 os.getpid(),
             )
         return False
+
+    def not_ready(self) -> str:
+        """Why its guest, which ought to be protected, could not be activated at this moment; "": it could."""
+        machine = self.machine
+        if machine.state not in READY or machine.wants_copy:
+            return f"{machine.state}: {machine.reason}"
+        if machine.state is State.STANDBY and (trouble := self._worker.trouble()):
+            return f"{machine.state}: {trouble}"
+        return ""
 
     def close(self) -> None:
         """After the acceptor has ended. Waits for both threads."""

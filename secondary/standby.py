@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from checkpointd.authority.terms import Role, TermRecord
 from checkpointd.hypervisor.port import EndReason
@@ -31,6 +32,7 @@ from .events import (
     Event,
     Fence,
     FenceDone,
+    ForgetActivation,
     GuestStarted,
     Heard,
     HelloReceived,
@@ -41,6 +43,7 @@ from .events import (
     ProbeDone,
     ProtocolFault,
     Queried,
+    ResumeActivation,
     RetireReceived,
     SendAck,
     SendCommitted,
@@ -58,6 +61,9 @@ from .events import (
     Tick,
 )
 
+if TYPE_CHECKING:
+    from .activations import Activation
+
 
 class State(StrEnum):
     WAITING = "waiting"  # no session in this life, no replica
@@ -70,11 +76,14 @@ class State(StrEnum):
     ACTIVE = "active"  # the guest was started here, in this life or an earlier one
     RETIRED = "retired"  # the replica is thrown away and will never be activated
     FAILED = "failed"  # fence, term or start failed: `reason` says why; tried again
+    UNFINISHED = "unfinished"  # an earlier life fenced, or began to, and died: there is no replica
 
 
 # A failed fence, term or start is tried again after this time: soon enough for a standby that alone
 # can go on, seldom enough not to hammer a toolstack that is in trouble.
 RETRY_NS = 1_000_000_000
+# What an earlier life left is looked at again so often: what is missing, an operator mends by hand.
+RESUME_RETRY_NS = 10_000_000_000
 
 _HOLDING = (State.FENCING, State.FAILED)
 _WITH_REPLICA = (State.STANDBY, State.PROBING, State.ENGINE_LOST)
@@ -113,8 +122,12 @@ class Standby:
     so the primary has opened nothing.
     """
 
-    def __init__(self, policy: Policy, record: TermRecord) -> None:
-        """`record`: what stable storage says of this domain."""
+    def __init__(
+        self, policy: Policy, record: TermRecord, left: Activation | None = None
+    ) -> None:
+        """What stable storage says of this domain: `record`, and `left`, an activation that an earlier life of this
+        process began and did not finish.
+        """
         self.state = State.WAITING
         self.reason = "no primary has been here yet"
         self.term = record.term
@@ -140,7 +153,19 @@ class Standby:
         self._term_taken = False  # the activation's term is on stable storage
         self._last_alarm = ""  # one alarm for a failure that repeats
         self._retry_ns: int | None = None
-        if record.role is Role.SECONDARY_ACTIVE:
+        self._resumed = False  # the activation is one that an earlier life began
+        self._untold = ""  # the alarm of what an earlier life left, until the first tick
+        if left is not None and left.is_of(record):
+            self._resumed = self._fenced = self._term_taken = True
+            self._untold = (
+                f"an earlier process died while it activated epoch {left.epoch} in term {left.term} "
+                f"({left.phase})"
+            )
+            self._enter(State.ACTIVATING, self._untold)
+        elif left is not None and left.is_ahead_of(record):
+            self._untold = left.what_is_lost()
+            self._enter(State.UNFINISHED, self._untold)
+        elif record.role is Role.SECONDARY_ACTIVE:
             self._enter(State.ACTIVE, f"taken over in term {record.term}, by an earlier process")
 
     @property
@@ -156,9 +181,15 @@ class Standby:
     @property
     def owes_guest(self) -> bool:
         """The old guest is being stopped, or is stopped for sure, and does not run here yet: the replica may be all
-        that is left of it.
+        that is left of it. What an earlier life left is not in this process, and the next one finds it, too.
         """
-        return self._fenced or self.state in (State.FENCING, State.ACTIVATING)
+        owed = self._fenced or self.state in (State.FENCING, State.ACTIVATING)
+        return owed and not self._resumed
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether the guest's term is this side's, be it that the guest runs here or is to."""
+        return self.state is State.ACTIVE or self._term_taken
 
     def handle(self, event: Event) -> list[Instruction]:
         out: list[Instruction] = []
@@ -195,8 +226,9 @@ class Standby:
                 self._term_failed(event, out)
             case GuestStarted():
                 if self.state is State.ACTIVATING:
-                    self._fenced = self._term_taken = False  # done with
+                    self._fenced = self._term_taken = self._resumed = False  # done with
                     self._enter(State.ACTIVE, f"the guest was started here as domain {event.domid}")
+                    out.append(ForgetActivation())
             case StartFailed():
                 if self.state is State.ACTIVATING:
                     text = f"fenced, but the guest could not be started: {event.text}"
@@ -245,9 +277,13 @@ class Standby:
                 f"your term {hello.term} is over: this guest is in term {self.term}; stop the old "
                 "guest, and protect the one that runs now from where it runs"
             )
-        if self._fenced or (self.state is State.ACTIVE and hello.term == self.term):
+        # A primary of a later term is proof that the guest lives elsewhere, and what was left here is history.
+        history = self._resumed and self.state is State.FAILED and hello.term > self.term
+        if (self._fenced and not history) or (
+            self.state is State.ACTIVE and hello.term == self.term
+        ):
             return "active", self._taken_over()
-        if self.state is State.ACTIVE and hello.guest_here:
+        if self.taken_over and hello.guest_here:
             return "active", "the guest still runs on this side: stop it here first"
         if hello.resume and self.session not in (None, hello.session):
             return "busy", "another engine has begun to protect this guest since: stop one of them"
@@ -258,6 +294,7 @@ class Standby:
         self.session = hello.session
         self.acked = 0
         self.deaf = self._fence_tried = self._told = False
+        self._untold = ""  # the guest lives, or lives again
         self._anew = "its earlier epochs are not here" if hello.resume else ""
         self._open = not hello.resume
         if (self.state is State.STANDBY or self.pending) and not hello.same_guest:
@@ -434,6 +471,12 @@ class Standby:
     def _tick(self, event: Tick, out: list[Instruction]) -> None:
         silent = event.silent_ns > 0
         due = self._retry_ns is not None and event.now_ns >= self._retry_ns
+        if self._untold:
+            out.append(Alarm(self._untold))
+            self._untold = ""
+            if self._resumed:
+                self._activate(out)
+            return
         if self.state is State.STANDBY and silent:
             self._enter(State.PROBING, f"the primary is silent for {_ms(event.silent_ns)}")
             self._probe(out)
@@ -450,7 +493,7 @@ class Standby:
                     "there is nothing to activate"
                 )
                 out.append(Alarm(self.reason))
-        elif self.state is State.FAILED and due and self._fenced:
+        elif self.state is State.FAILED and due and self._fenced and not self._adopting:
             self._retry_ns = None
             self._activate(out)
         elif self.state is State.FAILED and due and (silent or self._told):
@@ -492,6 +535,7 @@ class Standby:
             return
         self._fencing = False
         if self.state is not State.FENCING:
+            out.append(ForgetActivation())  # the guest has ended meanwhile
             self._release_held(out)
             return
         if not event.result.fenced:
@@ -515,6 +559,8 @@ class Standby:
         if not self._term_taken:
             term = self.term + 1
             out.append(StoreTerm(term, Role.SECONDARY_ACTIVE, self._next_epoch))
+        elif self._resumed:
+            out.append(ResumeActivation())
         else:
             assert self.committed is not None and not self.pending, "fenced with work left"  # noqa: PT018 - one state
             out.append(StartGuest(self.committed))
@@ -523,8 +569,9 @@ class Standby:
         if self._adopting and event.role is Role.NONE:
             self._adopting = False
             self.term = event.term
-            if self.state is State.ACTIVE:
+            if self.taken_over:
                 self.committed = None  # it became the guest
+                self._fenced = self._term_taken = self._resumed = False
                 self._enter(State.WAITING, f"the guest is in term {event.term}, and not here")
             elif self.session is not None and self.state is not State.RETIRED:
                 hellos: list[Event] = [w for w in self._held if isinstance(w, HelloReceived)]
@@ -556,7 +603,7 @@ class Standby:
         if text != self._last_alarm:
             out.append(Alarm(text))
         self._last_alarm = text
-        self._retry_ns = now_ns + RETRY_NS
+        self._retry_ns = now_ns + (RESUME_RETRY_NS if self._resumed else RETRY_NS)
         self._enter(State.FAILED, text)
 
     def _enter(self, state: State, reason: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from checkpointd.hypervisor.port import DomainInfo
     from checkpointd.wire.messages import Hello
 
+    from .activations import Activations
     from .epochs import Budget, Load
     from .keep import ImageKeeper
     from .restorers import Restorer
@@ -35,6 +36,7 @@ class ReplicaWorker:
         self,
         budget: Budget,
         restorer: Restorer,
+        activations: Activations,
         *,
         image_dir: Path | None,
         keeper: ImageKeeper | None,
@@ -42,6 +44,7 @@ class ReplicaWorker:
     ) -> None:
         self._budget = budget
         self._restorer = restorer
+        self._activations = activations
         self._image_dir = image_dir
         self._keeper = keeper
         self._clock = clock
@@ -71,6 +74,10 @@ class ReplicaWorker:
     def warm(self) -> dict[str, object]:
         """How far a restorer that follows the epochs has come; from any thread."""
         return self._restorer.status()
+
+    def trouble(self) -> str:
+        """Why an activation is likely to fail though the replica is whole; from any thread."""
+        return self._restorer.trouble()
 
     def admit(self, load: Load) -> None:
         """See Replica.admit(). Raises NoRoomError."""
@@ -145,6 +152,20 @@ class ReplicaWorker:
             return StartFailed(repr(error), self._clock())
         self._forget(remove=True)  # it is the guest's now, by its own handle
         return GuestStarted(started.domid)
+
+    def resume(self, uuid: str) -> GuestStarted | StartFailed:
+        """What an earlier life began is finished, where that is certain to be right; else why not, and what to do."""
+        try:
+            left = self._activations.load(uuid)
+            if left is None:
+                return StartFailed(
+                    f"its note is gone from {self._activations.path(uuid)}: if that is on purpose, start this "
+                    "secondary anew",
+                    self._clock(),
+                )
+            return GuestStarted(self._restorer.resume(left))
+        except (CheckpointdError, OSError) as error:
+            return StartFailed(str(error), self._clock())
 
     def close(self) -> None:
         """The daemon ends."""

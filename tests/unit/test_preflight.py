@@ -28,7 +28,7 @@ from checkpointd.preflight.items import Item, Verdict
 from checkpointd.preflight.judge import exit_code, judge
 from checkpointd.preflight.there import XL_ROUNDS
 from checkpointd.secondary import preflight as answering
-from checkpointd.secondary.restorers import xl
+from checkpointd.secondary.restorers import xl_feed
 from checkpointd.wire.checks import Check, Checked
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def test_memory_that_xl_may_come_to_hold_is_a_warning() -> None:
     item = the(with_peer(memory_free=most - 1), "memory there")
     assert item.verdict is Verdict.WARNING
     assert "320 MiB" in item.text
-    assert XL_ROUNDS == xl.MOST_ROUNDS
+    assert XL_ROUNDS == xl_feed.MOST_ROUNDS
 
 
 def test_memory_there_needs_disk_and_xens_own() -> None:
