@@ -181,3 +181,19 @@ def test_an_unexpected_error_on_any_thread_ends_the_daemon_and_is_told(lab: Lab)
     (failure,) = lab.secondary.failures
     assert isinstance(failure, ZeroDivisionError)
     lab.secondary.failures.clear()
+
+
+def test_a_guest_that_could_hardly_be_activated_is_not_ready_though_acks_go_on(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the restorer cannot do for long, such as keep a domain warm, is not the replica's fault."""
+    engine = lab.engine()
+    engine.protect()
+    worker = lab.secondary.service._drivers[INFO.uuid]._worker
+    monkeypatch.setattr(worker, "trouble", lambda: "xl has taken in no epoch in 2 tries")
+    assert lab.secondary.service.not_ready() == [
+        f"{INFO.uuid}: standby: xl has taken in no epoch in 2 tries"
+    ]
+    engine.protect(2)
+    monkeypatch.undo()
+    assert lab.secondary.service.not_ready() == []
