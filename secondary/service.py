@@ -25,11 +25,12 @@ from checkpointd.wire.acceptor import Acceptor
 
 from . import preflight
 from .activations import Activations
-from .driver import Driver, Limits, Surroundings
+from .driver import Driver
 from .epochs import Budget
 from .keep import ImageKeeper
 from .restorers.image import ImageRestorer
 from .restorers.xl import XlRestorer
+from .surroundings import Limits, Surroundings
 from .worker import ReplicaWorker
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ if TYPE_CHECKING:
     from checkpointd.wire.sockets import Contexts
 
     from .activations import Activation
-    from .driver import DomainMetrics
     from .restorers import Restorer
     from .standby import State
+    from .surroundings import DomainMetrics
 
 log = logging.getLogger(__name__)
 
