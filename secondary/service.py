@@ -13,12 +13,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from checkpointd import faults
-from checkpointd.authority.command import CommandFence
-from checkpointd.authority.fence import NoFence
-from checkpointd.authority.processes import boot_id, identify
+from checkpointd.authority.processes import identify
 from checkpointd.authority.terms import Role
-from checkpointd.errors import CheckpointdError, FenceError, StateError
-from checkpointd.hypervisor.embedded.fence import EmbeddedFence
+from checkpointd.errors import CheckpointdError, StateError
 from checkpointd.hypervisor.port import PAGE_SIZE
 from checkpointd.wire import messages
 from checkpointd.wire.acceptor import Acceptor
@@ -27,6 +24,7 @@ from . import preflight
 from .activations import Activations
 from .driver import Driver
 from .epochs import Budget
+from .fences import fence_of
 from .keep import ImageKeeper
 from .restorers.image import ImageRestorer
 from .restorers.xl import XlRestorer
@@ -125,7 +123,7 @@ class SecondaryService:
             budget=self._budget,
             terms=terms,
             activations=self._activations,
-            make_fence=make_fence or self._fence_of,
+            make_fence=make_fence or (lambda info, address: fence_of(options, info, address)),
             identity=identify(),
             clock=clock,
             image_exists=self._image_exists,
@@ -309,19 +307,6 @@ class SecondaryService:
 
             self._xen = Domains(open_libs(untested=self._options.unsafe_untested_xen))
         return XlRestorer(self._xen, self._options.run_dir / "xen", self._activations)
-
-    def _fence_of(self, info: DomainInfo, address: str) -> Fence:
-        options = self._options
-        if options.unsafe_no_fencing:
-            return NoFence()
-        if info.hypervisor == "embedded" and info.host.boot_id == boot_id():
-            return EmbeddedFence(info.host)
-        if options.fence_command:
-            return CommandFence(options.fence_command, info, address)
-        raise FenceError(
-            f"nothing here can stop {info.name} on {address}: give --fence-command, a command that "
-            "switches that machine off, or --unsafe-no-fencing, which activates without"
-        )
 
     def _state_changed(self, uuid: str, state: State) -> None:
         if self.on_state:
