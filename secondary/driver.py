@@ -60,6 +60,7 @@ class Driver:
         self.peer: Peer | None = None  # the control connection of the session
         self.bulk_peer: Peer | None = None
         self._around = around
+        self._paused = around.limits.activate_paused
         self._link = link
         self._worker = worker
         self._metrics = metrics
@@ -243,10 +244,9 @@ class Driver:
                 self._authority_jobs.do(lambda: self._authority.store_term(step), self.handle)
             case ev.StartGuest(epoch):
                 log.info("%s: starting the guest from epoch %d", self.uuid, epoch)
-                paused = self._around.limits.activate_paused
-                self._replica_jobs.do(lambda: self._worker.start(paused=paused), self.handle)
+                self._replica_jobs.do(lambda: self._worker.start(paused=self._paused), self.handle)
             case ev.ResumeActivation():
-                self._replica_jobs.do(lambda: self._worker.resume(self.uuid), self.handle)
+                self._replica_jobs.do(lambda: self._worker.resume(paused=self._paused), self.handle)
             case ev.ForgetActivation():
                 self._authority_jobs.do(self._authority.forget, nothing)
             case ev.Alarm(text):

@@ -286,6 +286,7 @@ class SecondaryService:
             self._budget,
             self._make_restorer(),
             self._activations,
+            record.uuid,
             image_dir=self._options.image_dir,
             keeper=self._keeper,
             clock=self._clock,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from checkpointd.errors import HypervisorError, StateError
+from checkpointd.errors import StateError
 from checkpointd.secondary.activations import lost
 from checkpointd.secondary.replica import State
+
+from . import NothingWholeError
 
 if TYPE_CHECKING:
     from checkpointd.hypervisor.port import DomainInfo, Hypervisor, Incoming
@@ -51,7 +53,7 @@ class ImageRestorer:
         for info in self._hypervisor.domains():
             if info.uuid == left.uuid:
                 return info.domid
-        raise HypervisorError(lost(left))
+        raise NothingWholeError(lost(left))
 
     def status(self) -> dict[str, object]:
         return {}

@@ -127,6 +127,7 @@ class XlRestorer:
             raise StateError(
                 f"the replica is {replica.state}, not one whole epoch: it is not started"
             )
+        self._activations.advance(info.uuid, Phase.FEEDING, domid=None, builder=None)
         octets = max(info.ram_pages, replica.populated.count()) * PAGE_SIZE
         warm = self._feed
         if warm is not None:

@@ -23,6 +23,7 @@ from checkpointd.authority.processes import HostIdentity, boot_id, identify, sta
 from checkpointd.errors import HypervisorError
 from checkpointd.secondary.activations import Phase, lost
 
+from . import NothingWholeError
 from .xl_process import INCOMING
 
 if TYPE_CHECKING:
@@ -111,12 +112,12 @@ class Leftover:
             self._await_builder(left.builder)
         found = self._domains.find(left.uuid)
         if found is None:
-            raise HypervisorError(lost(left))
+            raise NothingWholeError(lost(left))
         if not found.paused:
             log.info("%s: runs here as domain %d", left.uuid, found.domid)
             return found.domid
         if not (same_boot and _is_whole(left, found)):
-            raise HypervisorError(_uncertain(left, found))
+            raise NothingWholeError(_uncertain(left, found))
         if not (left.paused and left.phase is Phase.FINISHED):
             self._let_go(left, found)
         return found.domid

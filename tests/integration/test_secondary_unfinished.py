@@ -161,6 +161,25 @@ def test_what_may_not_be_the_last_acked_epoch_is_told_and_does_not_run(
         assert scene.fences() == 1
 
 
+def test_with_its_image_on_disk_the_guest_is_built_anew(scene: Scene) -> None:
+    """What xl had of it is destroyed: the image is certainly the last acked epoch, and that domain is not."""
+    (scene.folder / "images").mkdir()
+    scene.protect_and_die("secondary.before-start")
+    before = scene.xen.get(UUID)
+    with scene.next_life() as life:
+        told(life, State.ACTIVE)
+        after = scene.xen.get(UUID)
+        assert after is not None
+        assert before is None or after["xl"] != before["xl"]
+        assert scene.pauses == 0
+        pages = scene.xen.pages(UUID)
+        assert {pfn: page[0] for pfn, page in pages.items()} == {1: 3, 2: 3}
+        refused_as(scene, "term")
+        assert scene.fences() == 1
+        eventually(lambda: not list((scene.folder / "images").iterdir()), "the image is let go")
+        eventually(lambda: not list((scene.folder / "activations").iterdir()), "forgotten")
+
+
 @pytest.mark.parametrize(
     "point",
     [

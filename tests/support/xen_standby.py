@@ -1,6 +1,7 @@
 """A whole secondary for Xen guests on a fake host in a folder, so that one can be killed and another one follow.
 
-Run as a program it is one that tests kill: `xen_standby.py FOLDER CONTROL_PORT BULK_PORT`.
+Run as a program it is one that tests kill: `xen_standby.py FOLDER CONTROL_PORT BULK_PORT`. Images are on disk if
+FOLDER/images is there.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fake_xl import FakeDomains
 
@@ -74,9 +75,13 @@ class XenStandby:
     def __init__(self, folder: Path, control_port: int, bulk_port: int) -> None:
         self.contexts = Contexts.make()
         self.terms = TermStore(folder / "terms")
+        images = folder / "images"
+        on_disk: dict[str, Any] = {}
+        if images.exists():
+            on_disk = {"image": "disk", "image_dir": images}
         options = SecondaryOptions(
             state_dir=folder, run_dir=folder, control_port=control_port, bulk_port=bulk_port,
-            silence=SILENCE_NS, engine_restart=0,
+            silence=SILENCE_NS, engine_restart=0, **on_disk,
         )  # fmt: skip
         domains = FakeDomains(folder)
         self.service = SecondaryService(
