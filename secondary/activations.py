@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".json"
-NOTE_LIMIT = 4096  # octets; a note has some 400, so anything longer is none of ours
+PROOF_KEPT = 500  # characters of it: a command may say much
+NOTE_LIMIT = 8192  # octets; a note has some 500 and the proof, so anything longer is none of ours
 
 
 class Phase(StrEnum):
@@ -46,6 +47,7 @@ class Activation:
     epoch: int  # the last one that was acked
     phase: Phase
     boot_id: str  # of this machine: a domain does not outlive its boot
+    proof: str = ""  # why the old guest counts as stopped, from FEEDING on; with --unsafe-no-fencing that it does not
     domid: int | None = None  # from SEALED on
     builder: HostIdentity | None = None  # the process that finishes the domain, from SEALED on
     paused: bool = False  # it is to be left paused (--activate-paused); from SEALED on
@@ -58,13 +60,18 @@ class Activation:
         """Whether its term was never stored: a fence was ordered, and no more is sure."""
         return record.term < self.term
 
+    @property
+    def old_guest(self) -> str:
+        """What became of it, for people."""
+        return f"the old guest at {self.address} counts as stopped ({self.proof})"
+
     def what_is_lost(self) -> str:
         """For people: why this side has nothing to run, and what to do. Of one whose term was never stored."""
         fenced = (
             f"an earlier process died while the old guest at {self.address} was being stopped; whether it is stopped "
             "is not known"
             if self.phase is Phase.FENCING
-            else f"an earlier process stopped the old guest at {self.address}, and died before it could take it over"
+            else f"an earlier process died before it could take the guest over; {self.old_guest}"
         )
         return (
             f"{fenced}. Epoch {self.epoch}, with which it was to go on here, is lost with that process, and nothing "
@@ -177,7 +184,7 @@ def lost(activation: Activation) -> str:
     if activation.boot_id != boot_id():
         why = "with the memory of this machine, which was started anew since"
     return (
-        f"epoch {activation.epoch} is lost {why}, and the old guest at {activation.address} was stopped: nobody runs "
-        f"{activation.name}, and nothing is left to start. Start it anew on this machine (seen within 10 s); or, to "
-        "start it elsewhere, see `unfinished activation` in docs/operating.md"
+        f"epoch {activation.epoch} is lost {why}, and {activation.old_guest}: nobody runs {activation.name}, and "
+        "nothing is left to start. Start it anew on this machine (seen within 10 s); or, to start it elsewhere, see "
+        "`unfinished activation` in docs/operating.md"
     )

@@ -11,7 +11,7 @@ from checkpointd.authority.terms import Role, TermRecord
 from checkpointd.errors import CheckpointdError, StateError
 
 from . import events as ev
-from .activations import Activation, Phase
+from .activations import PROOF_KEPT, Activation, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,8 @@ class Authority:
             result = self._fence.fence(self._fence_timeout)
         faults.point("secondary.after-fence")
         if result.fenced:
-            self._activations.advance(self._uuid, Phase.FEEDING)
+            proof = result.detail[:PROOF_KEPT]
+            self._activations.advance(self._uuid, Phase.FEEDING, proof=proof)
             faults.point("secondary.fence-noted")
         else:
             self.forget()

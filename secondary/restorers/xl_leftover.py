@@ -181,8 +181,8 @@ def _is_whole(left: Activation, found: Found) -> bool:
 
 def _uncertain(left: Activation, found: Found) -> str:
     return (
-        f"the old guest at {left.address} was stopped, and nobody runs {left.name}: the process died that activated "
-        f"epoch {left.epoch}, and domain {found.domid} ({found.name}), paused, is what xl had taken in by then: that "
-        f"epoch or an earlier one, or part of one if its name ends in {INCOMING}; nothing starts it by itself. If it "
-        f"is good enough, `xl unpause {found.domid}`; else `xl destroy {found.domid}`, and start the guest anew"
+        f"{left.old_guest}, and nobody runs {left.name}: the process died that activated epoch {left.epoch}, and "
+        f"domain {found.domid} ({found.name}), paused, is what xl had taken in by then: that epoch or an earlier one, "
+        f"or part of one if its name ends in {INCOMING}; nothing starts it by itself. If it is good enough, "
+        f"`xl unpause {found.domid}`; else `xl destroy {found.domid}`, and start the guest anew"
     )

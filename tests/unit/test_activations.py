@@ -102,6 +102,9 @@ def test_the_note_is_there_before_anybody_is_fenced_and_goes_with_a_failure(
     assert seen.boot_id == boot_id()
     found = activations.load(UUID)
     assert (found.phase if found else None) == (Phase.FEEDING if fenced else None)
+    assert (found.old_guest if found else "") == (
+        "the old guest at 192.0.2.1 counts as stopped (so)" if fenced else ""
+    )
 
 
 def test_without_a_note_nobody_is_fenced(

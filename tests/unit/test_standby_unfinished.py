@@ -98,7 +98,7 @@ def test_a_primary_of_a_later_term_makes_it_history_but_not_while_it_is_resumed(
     ("phase", "says"),
     [
         (Phase.FENCING, "was being stopped; whether it is stopped is not known. Epoch 8"),
-        (Phase.FEEDING, "stopped the old guest at 192.0.2.1, and died before it could take it"),
+        (Phase.FEEDING, "the old guest at 192.0.2.1 counts as stopped (). Epoch 8"),
     ],
 )
 def test_a_fence_without_a_term_is_told_and_nothing_is_ever_started(

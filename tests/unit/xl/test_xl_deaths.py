@@ -129,7 +129,7 @@ def test_what_may_not_be_the_last_acked_epoch_is_left_paused_and_told(
     for _ in range(2):
         with pytest.raises(
             HypervisorError,
-            match=rf"192\.0\.2\.1 was stopped, and nobody runs guest: .*epoch 3, .*`xl unpause {number}`; "
+            match=rf"192\.0\.2\.1 counts as stopped .*, and nobody runs guest: .*epoch 3, .*`xl unpause {number}`; "
             rf"else `xl destroy {number}`",
         ):
             restorer.resume(left(xen))
