@@ -225,9 +225,9 @@ class XlRestorer:
         faults.point("xl.unnoted")
         if not paused:
             feed.receive.release()
-        faults.point("xl.after-release")
-        self._feed = None
+        self._feed = None  # the guest's own from here on: nothing may destroy it
         feed.close()
+        faults.point("xl.after-release")
         return replace(info, domid=domid)
 
     def _gone(self, feed: Feed) -> None:

@@ -163,7 +163,9 @@ def test_a_faulty_option_contradicts_nothing() -> None:
 
 
 def test_without_an_image_is_refused_with_the_reason() -> None:
-    with pytest.raises(UsageError, match=r"vcpus at the failover alone \(docs/xen\.md\); take memory"):
+    with pytest.raises(
+        UsageError, match=r"vcpus at the failover alone \(docs/xen\.md\); take memory"
+    ):
         secondary("--image", "none")
 
 

@@ -387,7 +387,10 @@ def answered(tmp_path: Path, *, asks: str = "", **options: Any) -> Checked:
     chosen = {"run_dir": tmp_path, "state_dir": tmp_path, **options}
     kind = "embedded"
     return answering.answer(
-        Check(INFO.uuid, "web", asks or boot_id()), SecondaryOptions(**chosen), kind, guest_here=False
+        Check(INFO.uuid, "web", asks or boot_id()),
+        SecondaryOptions(**chosen),
+        kind,
+        guest_here=False,
     )
 
 
@@ -410,7 +413,9 @@ def test_an_embedded_guest_of_another_machine_is_not_stopped_by_its_process(tmp_
     """Its process is out of reach from here: what the service itself would find once the guest is protected."""
     power = ("/sbin/power", "off")
     assert answered(tmp_path, asks="another").fence == ""
-    assert answered(tmp_path, asks="another", fence_command=power).fence == "the command /sbin/power"
+    assert (
+        answered(tmp_path, asks="another", fence_command=power).fence == "the command /sbin/power"
+    )
     assert "on this machine" in answered(tmp_path, fence_command=power).fence, "as it is chosen"
     for where in ("another", boot_id()):
         info = replace(INFO, hypervisor="embedded", host=HostIdentity(where, 1, 1))
