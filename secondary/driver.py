@@ -449,9 +449,10 @@ class Driver:
                 f"mend this, and it is started within a second: {machine.reason}",
             )
             log.error(
-                "%s: not ending yet: %s. To give this guest up for good: `kill -KILL %d`",
+                "%s: not ending yet: %s. To give this guest up for good: `rm %s; kill -KILL %d`",
                 self.uuid,
                 why,
+                self._around.activations.path(self.uuid),
                 os.getpid(),
             )
         return False
