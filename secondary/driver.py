@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from checkpointd import faults
 from checkpointd.native import DigestKey
@@ -29,71 +28,20 @@ from .standby import Policy, Standby, State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from checkpointd.authority.fence import Fence
-    from checkpointd.authority.terms import TermRecord, TermStore
-    from checkpointd.hypervisor.port import DomainInfo, HostIdentity
+    from checkpointd.authority.terms import TermRecord
     from checkpointd.wire.acceptor import Peer, Sent
     from checkpointd.wire.frames import Octets
 
-    from .epochs import Budget
+    from .activations import Activation
+    from .surroundings import DomainMetrics, Link, Surroundings
     from .worker import ReplicaWorker
 
 log = logging.getLogger(__name__)
 
 # Hellos that wait for their answer at once, of which the machine keeps the last: more are a peer's fault.
 OFFERS = 8
-
-
-class Link(Protocol):
-    """What the driver needs of checkpointd.wire.acceptor.Acceptor."""
-
-    def send(
-        self, peer: Peer, message: messages.FromSecondary, *, session: int, term: int
-    ) -> Sent: ...
-    def send_bulk(self, peer: Peer, header: Header, payload: Octets = b"") -> Sent: ...
-    def post(self, call: Callable[[], None]) -> None: ...
-
-
-class DomainMetrics(Protocol):
-    """The series of one domain (checkpointd.daemon.metrics.StandbyMetrics)."""
-
-    def received(self, octets: int) -> None: ...
-    def committed(self, nanoseconds: int) -> None: ...
-    def discarded(self) -> None: ...
-    def lag(self, epochs: int) -> None: ...
-    def replica_bytes(self, octets: int) -> None: ...
-    def audited(self, pages: int, mismatches: int) -> None: ...
-    def peer_connected(self, connected: bool) -> None: ...
-    def failover(self, reason: str) -> None: ...
-    def fence_attempt(self, fenced: bool) -> None: ...
-    def alarm(self) -> None: ...
-    def state(self, state: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Times in ns unless said otherwise."""
-
-    silence_ns: int
-    engine_restart_ns: int
-    stuck_ns: int  # alive without progress for so long is an alarm
-    tick_ns: int
-    fence_timeout: float  # s
-    activate_paused: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the drivers of all domains share."""
-
-    limits: Limits
-    budget: Budget
-    terms: TermStore
-    make_fence: Callable[[DomainInfo, str], Fence]  # the guest, and its primary's address
-    identity: HostIdentity  # of this daemon
-    clock: Callable[[], int]  # monotonic, ns
-    image_exists: Callable[[str], bool]  # an image file of this UUID, of an earlier life
-    on_state: Callable[[str, State], None]  # UUID, new state
+# States in which nothing is amiss, be it that there is nothing to protect.
+READY = (State.WAITING, State.STANDBY, State.ACTIVE, State.RETIRED)
 
 
 class Driver:
@@ -104,12 +52,15 @@ class Driver:
         link: Link,
         worker: ReplicaWorker,
         metrics: DomainMetrics,
+        left: Activation | None = None,
     ) -> None:
+        """`left`: an activation that an earlier life of this process did not finish."""
         self.uuid = record.uuid
-        self.machine = Standby(Policy(around.limits.engine_restart_ns), record)
+        self.machine = Standby(Policy(around.limits.engine_restart_ns), record, left)
         self.peer: Peer | None = None  # the control connection of the session
         self.bulk_peer: Peer | None = None
         self._around = around
+        self._paused = around.limits.activate_paused
         self._link = link
         self._worker = worker
         self._metrics = metrics
@@ -118,6 +69,7 @@ class Driver:
         self._authority = Authority(
             self.uuid,
             around.terms,
+            around.activations,
             around.make_fence,
             around.limits.fence_timeout,
             around.clock,
@@ -283,13 +235,20 @@ class Driver:
             case ev.Probe(attempt):
                 self._authority_jobs.do(lambda: self._authority.probe(attempt), self.handle)
             case ev.Fence(attempt):
-                self._authority_jobs.do(lambda: self._authority.fence(attempt), self._fenced)
+                term, last = self.machine.term + 1, self.machine.committed
+                assert last is not None, "fenced for a committed epoch"
+                self._authority_jobs.do(
+                    lambda: self._authority.fence(attempt, term, last), self._fenced
+                )
             case ev.StoreTerm():
                 self._authority_jobs.do(lambda: self._authority.store_term(step), self.handle)
             case ev.StartGuest(epoch):
                 log.info("%s: starting the guest from epoch %d", self.uuid, epoch)
-                paused = self._around.limits.activate_paused
-                self._replica_jobs.do(lambda: self._worker.start(paused=paused), self.handle)
+                self._replica_jobs.do(lambda: self._worker.start(paused=self._paused), self.handle)
+            case ev.ResumeActivation():
+                self._replica_jobs.do(lambda: self._worker.resume(paused=self._paused), self.handle)
+            case ev.ForgetActivation():
+                self._authority_jobs.do(self._authority.forget, nothing)
             case ev.Alarm(text):
                 self._raise_alarm(text)
             case _:
@@ -490,12 +449,22 @@ class Driver:
                 f"mend this, and it is started within a second: {machine.reason}",
             )
             log.error(
-                "%s: not ending yet: %s. To give this guest up for good: `kill -KILL %d`",
+                "%s: not ending yet: %s. To give this guest up for good: `rm %s; kill -KILL %d`",
                 self.uuid,
                 why,
+                self._around.activations.path(self.uuid),
                 os.getpid(),
             )
         return False
+
+    def not_ready(self) -> str:
+        """Why its guest, which ought to be protected, could not be activated at this moment; "": it could."""
+        machine = self.machine
+        if machine.state not in READY or machine.wants_copy:
+            return f"{machine.state}: {machine.reason}"
+        if machine.state is State.STANDBY and (trouble := self._worker.trouble()):
+            return f"{machine.state}: {trouble}"
+        return ""
 
     def close(self) -> None:
         """After the acceptor has ended. Waits for both threads."""

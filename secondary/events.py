@@ -257,6 +257,16 @@ class StartGuest:
 
 
 @dataclass(frozen=True, slots=True)
+class ResumeActivation:
+    """Finish what an earlier life left of an activation, if it is certainly the whole last acked epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetActivation:
+    """No activation is unfinished any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Alarm:
     text: str
 
@@ -264,5 +274,5 @@ class Alarm:
 Instruction = (
     BeginSession | SendWelcome | SendRefused | SendAck | SendCommitted | SendFullCopyWanted
     | SendRetired | SendEngineLostHeard | Commit | DropReplica | SuspendSession | Probe | Fence
-    | StoreTerm | StartGuest | Alarm
+    | StoreTerm | StartGuest | ResumeActivation | ForgetActivation | Alarm
 )  # fmt: skip

@@ -13,6 +13,8 @@ from checkpointd.hypervisor.capacity import Capacity, available_memory, measure
 from checkpointd.hypervisor.xen.autostart import starts_at_boot
 from checkpointd.wire.checks import UNSAFE, Checked
 
+from .fences import Way, way_to_fence
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -41,7 +43,7 @@ def answer(
         disk_free=_free(options.image_dir) if options.image_dir else 0,
         epoch_memory=options.epoch_memory,
         cpu_features=":".join(f"{word:08x}" for word in capacity.cpu_features),
-        fence=_fence(options, hypervisor),
+        fence=_fence(check, options, hypervisor),
         guest_here=guest_here,
         starts_at_boot=hypervisor == "xen" and starts_at_boot(check.uuid, check.name) is not None,
         clock_ns=time.time_ns(),
@@ -55,11 +57,15 @@ def _free(directory: Path) -> int:
         return 0
 
 
-def _fence(options: SecondaryOptions, hypervisor: str) -> str:
-    if options.unsafe_no_fencing:
-        return f"{UNSAFE}: nothing stops the old guest (--unsafe-no-fencing): both may run"
-    if options.fence_command:
-        return f"the command {options.fence_command[0]}"
-    if hypervisor == "embedded":
-        return "the guest's process is stopped, on this machine"
-    return ""
+def _fence(check: Check, options: SecondaryOptions, hypervisor: str) -> str:
+    """What the service would choose for the guest of him who asks."""
+    match way_to_fence(options, hypervisor, check.boot_id):
+        case Way.NONE_WANTED:
+            return f"{UNSAFE}: nothing stops the old guest (--unsafe-no-fencing): both may run"
+        case Way.PROCESS:
+            return "the guest's process is stopped, on this machine"
+        case Way.COMMAND:
+            assert options.fence_command is not None, "it is the way"
+            return f"the command {options.fence_command[0]}"
+        case Way.NO_WAY:
+            return ""

@@ -169,6 +169,14 @@ class Replica:
 
     # ------------------------------------------------------------ epochs
 
+    def take_up(self, epoch: int, context: bytes, populated: bytes) -> None:
+        """The file, as an earlier life of this boot left it, is this epoch: whole, for that life had begun to activate
+        it and committed nothing any more.
+        """
+        self.populated = native.Bitmap.from_bytes(self.nr_pfns, populated)
+        self.epoch, self.context = epoch, context
+        self.state = State.WHOLE
+
     def admit(self, load: Load) -> None:
         """Make a whole part ready for its ack: afterwards its commit cannot fail. Raises NoRoomError.
 
@@ -280,6 +288,7 @@ class Replica:
         if self._file and remove:
             self._file.unlink(missing_ok=True)
             self._note.unlink(missing_ok=True)
+            self.remainder.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ memory and disk
 
@@ -339,6 +348,16 @@ class Replica:
         return fd
 
     @property
+    def on_disk(self) -> bool:
+        return self._file is not None
+
+    @property
+    def remainder(self) -> Path:
+        """Where what the file lacks is kept while it is activated (remainder.py)."""
+        assert self._file is not None
+        return self._file.with_suffix(".remainder")
+
+    @property
     def _note(self) -> Path:
         assert self._file is not None
         return self._file.with_suffix(".json")
@@ -348,6 +367,7 @@ class Replica:
         if not self._file or self._marked == "stale":
             return
         try:
+            self.remainder.unlink(missing_ok=True)
             self._mark("stale")
         except OSError as error:
             raise NoRoomError(f"{self._note} cannot be written: {error.strerror}") from error

@@ -13,23 +13,22 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from checkpointd import faults
-from checkpointd.authority.command import CommandFence
-from checkpointd.authority.fence import NoFence
-from checkpointd.authority.processes import boot_id, identify
+from checkpointd.authority.processes import identify
 from checkpointd.authority.terms import Role
-from checkpointd.errors import CheckpointdError, FenceError, StateError
-from checkpointd.hypervisor.embedded.fence import EmbeddedFence
+from checkpointd.errors import CheckpointdError, StateError
 from checkpointd.hypervisor.port import PAGE_SIZE
 from checkpointd.wire import messages
 from checkpointd.wire.acceptor import Acceptor
 
 from . import preflight
-from .driver import Driver, Limits, Surroundings
+from .activations import Activations
+from .driver import Driver
 from .epochs import Budget
+from .fences import fence_of
 from .keep import ImageKeeper
 from .restorers.image import ImageRestorer
 from .restorers.xl import XlRestorer
-from .standby import State
+from .surroundings import Limits, Surroundings
 from .worker import ReplicaWorker
 
 if TYPE_CHECKING:
@@ -48,8 +47,10 @@ if TYPE_CHECKING:
     from checkpointd.wire.messages import Message
     from checkpointd.wire.sockets import Contexts
 
-    from .driver import DomainMetrics
+    from .activations import Activation
     from .restorers import Restorer
+    from .standby import State
+    from .surroundings import DomainMetrics
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class SecondaryService:
         terms: TermStore,
         metrics: Metrics,
         make_fence: Callable[[DomainInfo, str], Fence] | None = None,
+        make_restorer: Callable[[], Restorer] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._options = options
@@ -100,6 +102,8 @@ class SecondaryService:
         self._metrics = metrics
         self._clock = clock
         self._budget = Budget(options.epoch_memory)
+        self._activations = Activations(options.state_dir / "activations")
+        self._make_restorer = make_restorer or self._restorer
         self._keeper = ImageKeeper(options.keep_images) if options.keep_images else None
         self._xen: Domains | None = None  # once a domain needs it
         self._drivers: dict[str, Driver] = {}  # by UUID
@@ -118,7 +122,8 @@ class SecondaryService:
             ),
             budget=self._budget,
             terms=terms,
-            make_fence=make_fence or self._fence_of,
+            activations=self._activations,
+            make_fence=make_fence or (lambda info, address: fence_of(options, info, address)),
             identity=identify(),
             clock=clock,
             image_exists=self._image_exists,
@@ -132,6 +137,7 @@ class SecondaryService:
         self._most_pfns = memory // MEMORY_PER_PFN
         self._most_pages = memory // PAGE_SIZE  # of replicas in memory
         taken_over = [r for r in terms.records() if r.role is Role.SECONDARY_ACTIVE]
+        left = {found.uuid: found for found in self._activations.left()}
         self._acceptor = Acceptor(
             contexts,
             options.listen,
@@ -146,7 +152,12 @@ class SecondaryService:
             on_fatal=lambda _: None,  # of start(), which is not used: run() raises
         )
         for record in taken_over:
-            self._add(record)
+            self._add(record, left=left.pop(record.uuid, None))
+        for uuid, activation in left.items():
+            if activation.is_ahead_of(record := terms.load(uuid)):
+                self._add(record, activation.name, left=activation)
+            else:
+                self._activations.forget(uuid)  # the guest has lived on in another term
 
     @property
     def ports(self) -> tuple[int, int]:
@@ -191,11 +202,10 @@ class SecondaryService:
 
     def not_ready(self) -> list[str]:
         """Which domains that ought to be protected could not be activated at this moment, and why."""
-        fine = (State.WAITING, State.STANDBY, State.ACTIVE, State.RETIRED)
         return [
-            f"{driver.uuid}: {driver.machine.state}: {driver.machine.reason}"
+            f"{driver.uuid}: {why}"
             for driver in list(self._drivers.values())
-            if driver.machine.state not in fine or driver.machine.wants_copy
+            if (why := driver.not_ready())
         ]
 
     # ------------------------------------------------------------ on the acceptor's thread
@@ -224,7 +234,7 @@ class SecondaryService:
     def _of_an_earlier_life(self, peer: Peer, header: Header, message: messages.EngineLost) -> None:
         """A watcher has to know that this side runs its guest, also if we took over and then began anew."""
         driver = self._drivers.get(message.uuid)
-        if driver is None or driver.machine.state is not State.ACTIVE:
+        if driver is None or not driver.machine.taken_over:
             self._dropped[header.kind.name] += 1
             return
         term = driver.machine.term
@@ -268,11 +278,15 @@ class SecondaryService:
             return
         driver.hello(peer, hello, guest_here=self._guest_here(uuid))
 
-    def _add(self, record: TermRecord, name: str = "") -> Driver:
-        """`name`: the guest's, where it is known: what the primary's metrics call it, too."""
+    def _add(self, record: TermRecord, name: str = "", left: Activation | None = None) -> Driver:
+        """`name`: the guest's, where it is known: what the primary's metrics call it, too. `left`: its activation
+        that an earlier life did not finish.
+        """
         worker = ReplicaWorker(
             self._budget,
-            self._restorer(),
+            self._make_restorer(),
+            self._activations,
+            record.uuid,
             image_dir=self._options.image_dir,
             keeper=self._keeper,
             clock=self._clock,
@@ -280,7 +294,7 @@ class SecondaryService:
         label = name if name and name not in self._labels else record.uuid
         self._labels.add(label)
         metrics = self._metrics.domain(label)
-        driver = Driver(record, self._around, self._acceptor, worker, metrics)
+        driver = Driver(record, self._around, self._acceptor, worker, metrics, left)
         self._drivers[record.uuid] = driver
         return driver
 
@@ -293,20 +307,7 @@ class SecondaryService:
             from checkpointd.hypervisor.xen.lib import open_libs
 
             self._xen = Domains(open_libs(untested=self._options.unsafe_untested_xen))
-        return XlRestorer(self._xen, self._options.run_dir / "xen")
-
-    def _fence_of(self, info: DomainInfo, address: str) -> Fence:
-        options = self._options
-        if options.unsafe_no_fencing:
-            return NoFence()
-        if info.hypervisor == "embedded" and info.host.boot_id == boot_id():
-            return EmbeddedFence(info.host)
-        if options.fence_command:
-            return CommandFence(options.fence_command, info, address)
-        raise FenceError(
-            f"nothing here can stop {info.name} on {address}: give --fence-command, a command that "
-            "switches that machine off, or --unsafe-no-fencing, which activates without"
-        )
+        return XlRestorer(self._xen, self._options.run_dir / "xen", self._activations)
 
     def _state_changed(self, uuid: str, state: State) -> None:
         if self.on_state:

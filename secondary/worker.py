@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING
 
 from checkpointd import faults
 from checkpointd.errors import CheckpointdError
+from checkpointd.hypervisor.port import PAGE_SIZE
 from checkpointd.native import DIGEST_SIZE, DigestKey
 
+from . import remainder
 from .events import CommitDone, CommitFailed, GuestStarted, StartFailed
+from .remainder import Remainder
 from .replica import NoRoomError, Replica
+from .restorers import NothingWholeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from checkpointd.hypervisor.port import DomainInfo
     from checkpointd.wire.messages import Hello
 
+    from .activations import Activation, Activations
     from .epochs import Budget, Load
     from .keep import ImageKeeper
     from .restorers import Restorer
@@ -35,6 +40,8 @@ class ReplicaWorker:
         self,
         budget: Budget,
         restorer: Restorer,
+        activations: Activations,
+        uuid: str,
         *,
         image_dir: Path | None,
         keeper: ImageKeeper | None,
@@ -42,6 +49,8 @@ class ReplicaWorker:
     ) -> None:
         self._budget = budget
         self._restorer = restorer
+        self._activations = activations
+        self._uuid = uuid
         self._image_dir = image_dir
         self._keeper = keeper
         self._clock = clock
@@ -71,6 +80,10 @@ class ReplicaWorker:
     def warm(self) -> dict[str, object]:
         """How far a restorer that follows the epochs has come; from any thread."""
         return self._restorer.status()
+
+    def trouble(self) -> str:
+        """Why an activation is likely to fail though the replica is whole; from any thread."""
+        return self._restorer.trouble()
 
     def admit(self, load: Load) -> None:
         """See Replica.admit(). Raises NoRoomError."""
@@ -134,6 +147,7 @@ class ReplicaWorker:
             if self._replica is None or self._info is None:
                 return StartFailed("the replica is gone", self._clock())
             self._keep()
+            self._keep_remainder()
             faults.point("secondary.before-start")
             started = self._restorer.start(self._info, self._replica, paused=paused)
             faults.point("secondary.after-start")
@@ -145,6 +159,59 @@ class ReplicaWorker:
             return StartFailed(repr(error), self._clock())
         self._forget(remove=True)  # it is the guest's now, by its own handle
         return GuestStarted(started.domid)
+
+    def resume(self, *, paused: bool) -> GuestStarted | StartFailed:
+        """What an earlier life began is finished, where that is certain to be right; else why not, and what to do."""
+        try:
+            left = self._activations.load(self._uuid)
+            if left is None:
+                return StartFailed(
+                    f"its note is gone from {self._activations.path(self._uuid)}: if that is on purpose, start this "
+                    "secondary anew",
+                    self._clock(),
+                )
+            try:
+                return GuestStarted(self._restorer.resume(left))
+            except NothingWholeError as error:
+                if not self._take_up(left):
+                    raise
+                log.error("%s: building it anew from its image on disk: %s", self._uuid, error)
+        except (CheckpointdError, OSError) as error:
+            return StartFailed(str(error), self._clock())
+        return self.start(paused=paused)
+
+    def _keep_remainder(self) -> None:
+        """With it the next life, should we die in what follows, makes an epoch of the image file."""
+        replica = self._replica
+        if replica is None or not replica.on_disk or self._info is None or replica.epoch is None:
+            return
+        try:
+            remainder.write(
+                replica.remainder,
+                Remainder(
+                    self._info,
+                    self._static,
+                    replica.epoch,
+                    replica.context,
+                    bytes(replica.populated),
+                ),
+            )
+        except OSError as error:
+            log.error("%s: the image could not be taken up again: %s", self._info.uuid, error)
+
+    def _take_up(self, left: Activation) -> bool:
+        """Whether the replica is the epoch of the activation, once more or by an image that is here from then."""
+        if self._replica is None and self._image_dir is not None:
+            kept = remainder.read(self._image_dir / f"{left.uuid}.remainder")
+            image = self._image_dir / f"{left.uuid}.image"
+            if kept is None or kept.epoch != left.epoch or kept.info.uuid != left.uuid:
+                return False
+            if not image.exists() or image.stat().st_size != kept.info.nr_pfns * PAGE_SIZE:
+                return False
+            self._info, self._static = kept.info, kept.static_records
+            self._restorer.begin(kept.info, kept.static_records)
+            self._the_replica().take_up(kept.epoch, kept.context, kept.populated)
+        return self._replica is not None
 
     def close(self) -> None:
         """The daemon ends."""

@@ -15,13 +15,16 @@ import threading
 import uuid as uuids
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING
 
+from checkpointd.authority.durable import REAL, make_directory, put
 from checkpointd.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from checkpointd.authority.durable import FileSystem
 
 # epochs reserved at a time: at 100 ms one fsync in 17 minutes, and numbers never run out
 EPOCH_BLOCK = 10_000
@@ -29,7 +32,6 @@ MAX_U64 = (1 << 64) - 1  # terms and epochs are u64 on the wire
 RECORD_LIMIT = 4096  # octets; a record has some 200, so anything longer is none of ours
 
 _SUFFIX = ".term"
-_TEMPORARY = ".new"
 
 
 class Role(StrEnum):
@@ -49,28 +51,11 @@ class TermRecord:
     next_epoch: int = 1  # the first number that is not reserved
 
 
-class FileSystem(Protocol):
-    """The calls of module `os` that stand between a record and the disk; tests put a crashing disk
-    here.
-    """
-
-    def open(self, path: str, flags: int, mode: int = 0o777) -> int: ...
-    def read(self, fd: int, length: int, /) -> bytes: ...
-    def write(self, fd: int, data: bytes, /) -> int: ...
-    def fsync(self, fd: int) -> None: ...
-    def close(self, fd: int) -> None: ...
-    def replace(self, src: str, dst: str) -> None: ...
-
-
-REAL: Final = cast("FileSystem", os)
-
-
 class TermStore:
     """Invariant: once store() has returned, no crash brings an older record back, and at no moment
     is there a record that is neither the old one nor the new one.
 
-    Kept by this order: write a temporary file, fsync it, rename it over the record, fsync the
-    directory, return. A term never goes back, and neither does `next_epoch`: store() refuses. One
+    Kept by durable.put(). A term never goes back, and neither does `next_epoch`: store() refuses. One
     process at a time holds the directory (a lock that dies with its process), so what was loaded is
     still true when it is stored.
     """
@@ -81,7 +66,7 @@ class TermStore:
         self._files = files
         self._mutex = threading.Lock()
         try:
-            _make_directory(directory)
+            make_directory(directory)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StateError(
@@ -152,25 +137,12 @@ class TermStore:
             )
         path = self._path(record.uuid)
         try:
-            self._write(path + _TEMPORARY, _render(record))
-            self._files.replace(path + _TEMPORARY, path)
-            _fsync_path(self._files, str(self._directory), os.O_DIRECTORY)
+            put(self._directory, os.path.basename(path), _render(record), files=self._files)
         except OSError as error:
             raise StateError(
                 f"{path} cannot be written ({error.strerror}): free space or make it writable; "
                 "until then no guest is started in a new term"
             ) from error
-
-    def _write(self, path: str, data: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        fd = self._files.open(path, flags, 0o600)
-        try:
-            view = data
-            while view:
-                view = view[self._files.write(fd, view) :]
-            self._files.fsync(fd)
-        finally:
-            self._files.close(fd)
 
 
 def read_record(directory: Path, uuid: str, *, files: FileSystem = REAL) -> TermRecord:
@@ -223,24 +195,3 @@ def _parse(data: bytes) -> TermRecord | None:
     except (KeyError, TypeError, ValueError):
         return None
     return record if _render(record) == data else None
-
-
-def _make_directory(directory: Path) -> None:
-    """Like mkdir -p with mode 0700, and on stable storage: a record in a directory that a crash
-    takes away is lost.
-    """
-    missing = []
-    while not directory.is_dir():
-        missing.append(directory)
-        directory = directory.parent
-    for path in reversed(missing):
-        path.mkdir(mode=0o700, exist_ok=True)
-        _fsync_path(REAL, str(path.parent), os.O_DIRECTORY)
-
-
-def _fsync_path(files: FileSystem, path: str, flags: int) -> None:
-    fd = files.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
-        files.fsync(fd)
-    finally:
-        files.close(fd)

@@ -226,7 +226,8 @@ class SecondaryOptions(CommonOptions):
     image: str = setting(
         choice("memory", "disk", "none"),
         "memory",
-        "where replicas are kept; none, with what a Xen toolstack has taken in alone, is refused so far",
+        "where replicas are kept; none, with what a Xen toolstack has taken in alone, is refused: nobody can tell that "
+        "xl has applied an epoch whole",
     )
     image_dir: Path | None = setting(directory(), "", "where on disk, with --image disk")
     keep_images: Path | None = setting(
@@ -247,8 +248,8 @@ class SecondaryOptions(CommonOptions):
         if self.image == "none":
             yield (
                 ("image",),
-                "not without an image: the incoming Xen domain alone cannot be compared with the "
-                "primary's audit, and the death of xl would be the end of the replica; take memory or disk",
+                "not without an image: an epoch would count as acked only once xl has applied it, and xl applies the "
+                "state of the vcpus at the failover alone (docs/xen.md); take memory or disk",
             )
         if (self.image == "disk") != (self.image_dir is not None):
             yield ("image", "image_dir"), "--image disk and --image-dir DIR go together"

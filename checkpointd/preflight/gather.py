@@ -15,6 +15,7 @@ from uuid import UUID
 
 import checkpointd
 from checkpointd import native, node
+from checkpointd.authority.processes import boot_id
 from checkpointd.daemon.config import PrimaryOptions
 from checkpointd.errors import CheckpointdError
 from checkpointd.hypervisor.capacity import measure
@@ -163,7 +164,7 @@ def _other_side(facts: Facts, options: PrimaryOptions, timeout: float) -> Facts:
     except CheckpointdError as error:
         return replace(facts, keys_trouble=error)
     info = facts.domain.info if isinstance(facts.domain, DomainFacts) else None
-    check = Check(info.uuid, info.name) if info else Check(NOBODY, "")
+    check = Check(info.uuid, info.name, boot_id()) if info else Check(NOBODY, "", boot_id())
     contexts = Contexts.make()
     try:
         peer: Peer | CheckpointdError = ask(contexts, endpoint, keys, check, timeout)

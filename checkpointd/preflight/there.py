@@ -21,7 +21,7 @@ IMAGES: Final = ("memory", "disk", "none")  # the choices of `secondary --image`
 PER_VCPU: Final = MIB
 PAGING_SHARE: Final = 128
 PER_DOMAIN: Final = 4 * MIB
-# Times the guest's memory that xl may come to hold while it is fed: what `secondary` allows it (restorers/xl.py).
+# Times the guest's memory that xl may come to hold while it is fed: what `secondary` allows it (restorers/xl_feed.py).
 XL_ROUNDS: Final = 2
 # Two clocks that differ by more are worth a word: whoever compares the logs of both hosts is misled. Nothing here
 # depends on wall clocks.

@@ -29,6 +29,7 @@ class Check:
 
     uuid: str
     name: str
+    boot_id: str  # which boot of which machine asks, and has the guest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,16 @@ class Checked:
 
 
 def encode_check(check: Check) -> bytes:
-    return fields.dumps({"uuid": check.uuid, "name": fields.one_line(check.name, NAME_MAX)})
+    name = fields.one_line(check.name, NAME_MAX)
+    return fields.dumps({"uuid": check.uuid, "name": name, "boot_id": check.boot_id})
 
 
 def decode_check(document: Fields) -> Check:
-    check = Check(document.text("uuid", 36, 36), document.text("name", NAME_MAX))
+    check = Check(
+        document.text("uuid", 36, 36),
+        document.text("name", NAME_MAX),
+        document.text("boot_id", WORD_MAX),
+    )
     document.done()
     return check
 

@@ -305,8 +305,8 @@ def _as_sent(message: Message) -> Message:
             return EngineLost(guest_uuid, guest, fields.one_line(detail, TEXT_MAX))
         case Refused(session, term, code, text):
             return Refused(session, term, code, fields.one_line(text, TEXT_MAX))
-        case Check(uuid=ident, name=name):
-            return Check(ident, fields.one_line(name, checks.NAME_MAX))
+        case Check(uuid=ident, name=name, boot_id=boot):
+            return Check(ident, fields.one_line(name, checks.NAME_MAX), boot)
         case Checked():
             return checks.as_sent(message)
     return message

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from checkpointd.errors import StateError
+from checkpointd.secondary.activations import lost
 from checkpointd.secondary.replica import State
+
+from . import NothingWholeError
 
 if TYPE_CHECKING:
     from checkpointd.hypervisor.port import DomainInfo, Hypervisor, Incoming
+    from checkpointd.secondary.activations import Activation
     from checkpointd.secondary.replica import Replica
 
 
@@ -44,8 +48,18 @@ class ImageRestorer:
         self._incoming = None
         return started
 
+    def resume(self, left: Activation) -> int:
+        """A domain that was not started has died with its creator, so one that is here is the guest."""
+        for info in self._hypervisor.domains():
+            if info.uuid == left.uuid:
+                return info.domid
+        raise NothingWholeError(lost(left))
+
     def status(self) -> dict[str, object]:
         return {}
+
+    def trouble(self) -> str:
+        return ""
 
     def discard(self) -> None:
         if self._incoming is not None:

@@ -25,8 +25,9 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
+from checkpointd.authority.processes import identify
 from checkpointd.errors import HypervisorError
 from checkpointd.stream.records import RecordType, split_records
 from checkpointd.stream.remus import SEAL
@@ -35,11 +36,13 @@ from checkpointd.stream.writer import record
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from checkpointd.authority.processes import HostIdentity
     from checkpointd.stream.records import Octets
 
 log = logging.getLogger(__name__)
 
 COMMAND = ("xl", "migrate-receive", "-r")
+INCOMING = "--incoming"  # so ends the name of a domain that xl has not finished (xl_migrate.c)
 BANNER = b"xl migration receiver ready, send binary domain data.\n"
 
 PIPE_SIZE = 1 << 20  # octets: what an unprivileged process may have, and one record of ours
@@ -60,6 +63,9 @@ class Limits:
     stall: float = 10.0  # without an octet read from its pipe
     exit: float = 30.0  # from end of input to its exit; devices are connected in it
     destroy: float = 30.0  # for `xl destroy`
+    kill: float = (
+        5.0  # from SIGKILL to its end, which only a call that hangs in the kernel puts off
+    )
 
 
 class Found(Protocol):
@@ -118,6 +124,7 @@ class XlReceive:
         """`interrupt`: a descriptor that is readable once nobody wants the result any more."""
         self.uuid = uuid
         self.domid: int | None = None  # once hold() has found it
+        self.identity: HostIdentity | None = None  # of xl, for whoever looks for it after our death
         self._domains = domains
         self._interrupt = interrupt
         self._limits = limits or Limits()
@@ -153,14 +160,20 @@ class XlReceive:
         except OSError as error:
             raise HypervisorError(f"cannot run xl ({error.strerror}): install xen-utils") from None
         self._process = process
+        with contextlib.suppress(ProcessLookupError):  # it has ended already, which is told below
+            self.identity = identify(process.pid)
         assert process.stdin is not None, "asked for"
+        assert process.stderr is not None, "asked for"
         self._exited = os.pidfd_open(process.pid)
         self._pipe = process.stdin.fileno()
         os.set_blocking(self._pipe, False)
         with contextlib.suppress(OSError):  # a pipe of 64 KiB is slower, no more
             fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
         self._listener = threading.Thread(
-            target=self._listen, name=f"xl-stderr-{self.uuid[:8]}", daemon=True
+            target=self._listen,
+            args=(process.stderr,),
+            name=f"xl-stderr-{self.uuid[:8]}",
+            daemon=True,
         )
         self._listener.start()
         self._await_banner()
@@ -294,7 +307,7 @@ class XlReceive:
         assert self._process is not None, "started"
         assert self.domid is not None, "held"
         self._check()
-        self._close_pipe()
+        self._close_pipe(self._process)
         try:
             code = self._process.wait(self._limits.exit)
         except subprocess.TimeoutExpired:
@@ -308,13 +321,13 @@ class XlReceive:
             raise self._failed(f"has ended well, but domain {self.domid} is not here")
         if not found.paused:
             log.warning("domain %d runs already: somebody has unpaused it", found.domid)
-        if found.name.endswith("--incoming"):
+        if found.name.endswith(INCOMING):
             log.warning(
                 "domain %d keeps the name %s, for xl could not change it; `xl rename` does",
                 found.domid,
                 found.name,
             )
-        self._let_go()
+        self._let_go(self._process)
         return found.domid
 
     def drop_pages(self, pfns: Sequence[int]) -> None:
@@ -330,38 +343,46 @@ class XlReceive:
         self._domains.unpause(self.domid)
 
     def abort(self) -> None:
-        """Kill xl and its helper, and destroy the domain. Idempotent. Raises HypervisorError if the
-        domain cannot be destroyed.
+        """Kill xl and its helper, and destroy the domain. Idempotent: it tries once, within the limits of `kill` and
+        `destroy`. Raises HypervisorError if xl or the domain is still there.
         """
-        if self._process is not None:
-            if self._process.poll() is None or self._pipe >= 0:
-                with contextlib.suppress(ProcessLookupError):
-                    # xl may be dead and its helper not: the group is there as long as one of them.
-                    os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._close_pipe()
-            self._let_go()
-            # Killed before hold() it may have made a domain, or not: no other can have this UUID, or
-            # start() would have refused.
-            if found := self._domains.find(self.uuid):
-                self._domains.destroy(found.domid, self._limits.destroy)
-            self._process = None
+        process, self._process = self._process, None
         self.domid = None
+        if process is None:
+            return
+        if process.poll() is None or self._pipe >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                # xl may be dead and its helper not: the group is there as long as one of them.
+                os.killpg(process.pid, signal.SIGKILL)
+        hangs = ""
+        try:
+            process.wait(self._limits.kill)
+        except subprocess.TimeoutExpired:
+            hangs = (
+                f"xl (pid {process.pid}) is not dead {self._limits.kill:g} s after SIGKILL: it hangs in the kernel, "
+                "and this host may have to be started anew"
+            )
+        self._close_pipe(process)
+        self._let_go(process)
+        # Killed before hold() it may have made a domain, or not: no other can have this UUID, or
+        # start() would have refused.
+        if found := self._domains.find(self.uuid):
+            self._domains.destroy(found.domid, self._limits.destroy)
+        if hangs:
+            raise HypervisorError(hangs)
 
-    def _close_pipe(self) -> None:
+    def _close_pipe(self, process: subprocess.Popen[bytes]) -> None:
         if self._pipe >= 0:
-            assert self._process is not None, "it has a pipe"
-            assert self._process.stdin is not None, "it has a pipe"
-            self._process.stdin.close()
+            assert process.stdin is not None, "it has a pipe"
+            process.stdin.close()
             self._pipe = -1
 
-    def _let_go(self) -> None:
+    def _let_go(self, process: subprocess.Popen[bytes]) -> None:
         """After the end of xl; what it left to look after the guest has closed our stderr."""
-        assert self._process is not None, "started"
         if self._listener is not None:
             self._listener.join(LAST_WORDS)
             self._listener = None
-        for stream in (self._process.stdout, self._process.stderr):
+        for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
         if self._exited >= 0:
@@ -370,11 +391,9 @@ class XlReceive:
 
     # ------------------------------------------------------------ what it says
 
-    def _listen(self) -> None:
-        assert self._process is not None, "started"
-        assert self._process.stderr is not None, "asked for"
+    def _listen(self, stderr: IO[bytes]) -> None:
         rest = b""
-        descriptor = self._process.stderr.fileno()
+        descriptor = stderr.fileno()
         while some := os.read(descriptor, 4096):
             *lines, rest = (rest + some).split(b"\n")
             for line in lines:

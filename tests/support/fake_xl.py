@@ -8,7 +8,8 @@ Xen 4.17 and 4.20, xg_sr_restore.c, libxl_stream_read.c, xl_migrate.c; tests/xen
 same scenarios with the real one.
 
 Orders are files in the folder `orders`: `die-at-epoch`, `stop-at-epoch` (number), `mute`, `no-domain`, `fail` (text),
-`no-finish`, `gate` (a FIFO: each epoch is applied when an octet comes through).
+`no-finish`, `gate` (a FIFO: each epoch is applied when an octet comes through), `drip` (so slow that it would take
+minutes, and never still), `no-destroy` (of the toolstack: `xl destroy` fails).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from checkpointd.errors import HypervisorError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -110,6 +113,8 @@ class FakeDomains:
         write_memory(self.folder / f"{uuid}.memory", left)
 
     def destroy(self, domid: int, timeout: float) -> None:
+        if (self.folder / "orders" / "no-destroy").exists():
+            raise HypervisorError(f"`xl destroy {domid}` has not ended within {timeout:g} s")
         (self.folder / "domains" / self._uuid(domid)).unlink()
 
     def _uuid(self, domid: int) -> str:
@@ -155,8 +160,11 @@ class _Receiver:
 
     def read(self, octets: int) -> bytes:
         data = b""
+        drips = self.ordered("drip") is not None
         while len(data) < octets:
-            some = os.read(0, octets - len(data))
+            some = os.read(0, octets - len(data) if not drips else 1)
+            if drips:
+                time.sleep(0.02)  # of another process's time
             if not some:
                 raise _EndedError
             data += some

@@ -162,6 +162,13 @@ def test_a_faulty_option_contradicts_nothing() -> None:
     assert len(faults_of("--domid", "1", "--heartbeat", "x", "--standby-timeout", "100ms")) == 1
 
 
+def test_without_an_image_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        UsageError, match=r"vcpus at the failover alone \(docs/xen\.md\); take memory"
+    ):
+        secondary("--image", "none")
+
+
 def test_contradictions_of_the_secondary() -> None:
     with pytest.raises(UsageError, match="--image and --image-dir"):
         secondary("--image", "disk")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from checkpointd.authority.command import CommandFence
+from checkpointd.authority.processes import boot_id
 from checkpointd.daemon.config import SecondaryOptions
 from checkpointd.errors import (
     CheckpointdError,
@@ -20,6 +22,7 @@ from checkpointd.errors import (
     WireError,
 )
 from checkpointd.hypervisor.capacity import Capacity
+from checkpointd.hypervisor.embedded.fence import EmbeddedFence
 from checkpointd.hypervisor.port import DomainInfo, HostIdentity
 from checkpointd.hypervisor.xen.devices import Device
 from checkpointd.preflight.facts import DomainFacts, Engine, Facts, Peer, Wanted
@@ -28,7 +31,8 @@ from checkpointd.preflight.items import Item, Verdict
 from checkpointd.preflight.judge import exit_code, judge
 from checkpointd.preflight.there import XL_ROUNDS
 from checkpointd.secondary import preflight as answering
-from checkpointd.secondary.restorers import xl
+from checkpointd.secondary.fences import fence_of
+from checkpointd.secondary.restorers import xl_feed
 from checkpointd.wire.checks import Check, Checked
 
 if TYPE_CHECKING:
@@ -278,7 +282,7 @@ def test_memory_that_xl_may_come_to_hold_is_a_warning() -> None:
     item = the(with_peer(memory_free=most - 1), "memory there")
     assert item.verdict is Verdict.WARNING
     assert "320 MiB" in item.text
-    assert XL_ROUNDS == xl.MOST_ROUNDS
+    assert XL_ROUNDS == xl_feed.MOST_ROUNDS
 
 
 def test_memory_there_needs_disk_and_xens_own() -> None:
@@ -378,11 +382,15 @@ def test_an_embedded_guest_has_fewer_items() -> None:
 # -------------------------------------------------------------------- what the secondary says of itself
 
 
-def answered(tmp_path: Path, **options: Any) -> Checked:
+def answered(tmp_path: Path, *, asks: str = "", **options: Any) -> Checked:
+    """`asks`: the boot id of him who asks; "": this machine."""
     chosen = {"run_dir": tmp_path, "state_dir": tmp_path, **options}
     kind = "embedded"
     return answering.answer(
-        Check(INFO.uuid, "web"), SecondaryOptions(**chosen), kind, guest_here=False
+        Check(INFO.uuid, "web", asks or boot_id()),
+        SecondaryOptions(**chosen),
+        kind,
+        guest_here=False,
     )
 
 
@@ -398,5 +406,20 @@ def test_a_secondary_says_what_it_has(tmp_path: Path) -> None:
 
 def test_a_secondary_says_how_the_old_guest_is_stopped(tmp_path: Path) -> None:
     assert "on this machine" in answered(tmp_path).fence
-    assert "/sbin/power" in answered(tmp_path, fence_command=("/sbin/power", "off")).fence
     assert answered(tmp_path, unsafe_no_fencing=True).fence.startswith("UNSAFE")
+
+
+def test_an_embedded_guest_of_another_machine_is_not_stopped_by_its_process(tmp_path: Path) -> None:
+    """Its process is out of reach from here: what the service itself would find once the guest is protected."""
+    power = ("/sbin/power", "off")
+    assert answered(tmp_path, asks="another").fence == ""
+    assert (
+        answered(tmp_path, asks="another", fence_command=power).fence == "the command /sbin/power"
+    )
+    assert "on this machine" in answered(tmp_path, fence_command=power).fence, "as it is chosen"
+    for where in ("another", boot_id()):
+        info = replace(INFO, hypervisor="embedded", host=HostIdentity(where, 1, 1))
+        options = SecondaryOptions(run_dir=tmp_path, state_dir=tmp_path, fence_command=power)
+        fence = fence_of(options, info, "192.0.2.1")
+        assert isinstance(fence, CommandFence if where == "another" else EmbeddedFence)
+        fence.close()

@@ -10,6 +10,7 @@ from checkpointd.authority.fence import FenceResult, HostView
 from checkpointd.authority.terms import Role, TermRecord, TermStore
 from checkpointd.hypervisor.port import EndReason
 from checkpointd.secondary import events as ev
+from checkpointd.secondary.activations import Activation, Activations, Phase
 from checkpointd.secondary.standby import RETRY_NS, Policy, Standby, State
 
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ def test_a_failed_term_or_start_is_resumed_where_it_stood_and_never_fenced_again
     tell(standby, ev.StartFailed("address in use", 0))
     assert state(standby) is State.FAILED
     assert tell(standby, ev.Tick(RETRY_NS, 0)) == [ev.StartGuest(1)]
-    assert tell(standby, ev.GuestStarted(7)) == []
+    assert tell(standby, ev.GuestStarted(7)) == [ev.ForgetActivation()]
     assert state(standby) is State.ACTIVE
 
 
@@ -413,7 +414,8 @@ def test_a_guest_that_ended_is_not_brought_back(
 ) -> None:
     standby = make()
     assert of_kind(ev.SendRetired, tell(standby, ev.EndReceived(1, reason)))
-    assert tell(standby, ev.FenceDone(2, FENCED, 0)) == []
+    out = tell(standby, ev.FenceDone(2, FENCED, 0))
+    assert out == [ev.ForgetActivation()] * (make is fencing)
     assert tell(standby, silence(), silence(100 * SECOND)) == []
     assert state(standby) is State.RETIRED
 
@@ -525,15 +527,20 @@ def test_every_crash_during_activation_leaves_at_most_one_runner(tmp_path: Path)
     crashes = 0
     for crash_at in range(1, 100):
         store = TermStore(tmp_path / str(crash_at))
-        done = perform_story(store, crash_at)
-        record = store.load(UUID)
+        notes = Activations(tmp_path / str(crash_at) / "activations")
+        done = perform_story(store, notes, crash_at)
+        record, note = store.load(UUID), notes.load(UUID)
         store.close()
         if len(done) < crash_at:
             break
         crashes += 1
         started = any(isinstance(step, ev.StartGuest) for step in done)
         assert (record.role is Role.SECONDARY_ACTIVE) or not started
-        again = Standby(Policy(RESTART), record)
+        again = Standby(Policy(RESTART), record, note)
+        fenced = any(isinstance(step, ev.Fence) for step in done)
+        finished = isinstance(done[-1], ev.ForgetActivation)
+        assert (note is None) == (finished or not fenced)
+        assert again.state is not State.WAITING or not fenced, "a fenced guest waits for nobody"
         again_silent = tell(again, silence(), silence(100 * SECOND))
         assert not of_kind(ev.StartGuest, again_silent)
         assert not of_kind(ev.Fence, again_silent)
@@ -544,17 +551,17 @@ def test_every_crash_during_activation_leaves_at_most_one_runner(tmp_path: Path)
             assert of_kind(ev.SendWelcome, out)
             assert not of_kind(ev.SendAck, tell(again, final(3)))
             assert not of_kind(ev.Probe, tell(again, silence(200 * SECOND)))
-    assert crashes == 13  # each instruction of the story below
+    assert crashes == 14  # each instruction of the story below
 
 
-def perform_story(store: TermStore, crash_at: int) -> list[ev.Instruction]:
+def perform_story(store: TermStore, notes: Activations, crash_at: int) -> list[ev.Instruction]:
     """Play it with a real term store; gives the instructions performed until the crash."""
     standby = Standby(Policy(RESTART), store.load(UUID))
     done: list[ev.Instruction] = []
     events: list[ev.Event] = [hello(), final(1), final(2), silence()]
     while events:
         for step in standby.handle(events.pop(0)):
-            answer = perform(step, store)
+            answer = perform(step, store, notes)
             done.append(step)
             if len(done) == crash_at:
                 return done
@@ -564,7 +571,7 @@ def perform_story(store: TermStore, crash_at: int) -> list[ev.Instruction]:
     return done
 
 
-def perform(step: ev.Instruction, store: TermStore) -> ev.Event | None:
+def perform(step: ev.Instruction, store: TermStore, notes: Activations) -> ev.Event | None:
     match step:
         case ev.StoreTerm(term, role, next_epoch):
             store.store(TermRecord(UUID, term, role, next_epoch))
@@ -574,7 +581,10 @@ def perform(step: ev.Instruction, store: TermStore) -> ev.Event | None:
         case ev.Probe(attempt):
             return ev.ProbeDone(attempt, DEAD, 0)
         case ev.Fence(attempt):
+            notes.begin(Activation(UUID, "g", "192.0.2.1", 2, 2, Phase.FEEDING, "boot"))
             return ev.FenceDone(attempt, FENCED, 0)
         case ev.StartGuest():
             return ev.GuestStarted(7)
+        case ev.ForgetActivation():
+            notes.forget(UUID)
     return None

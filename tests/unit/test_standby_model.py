@@ -16,12 +16,14 @@ from checkpointd.authority.fence import FenceResult, HostView
 from checkpointd.authority.terms import Role, TermRecord
 from checkpointd.hypervisor.port import EndReason
 from checkpointd.secondary import events as ev
-from checkpointd.secondary.standby import Policy, Standby
+from checkpointd.secondary.activations import Activation, Phase
+from checkpointd.secondary.standby import Policy, Standby, State
 
 UUID = "6f1c1bd4-6d0c-4c52-9a53-1c1f6f7d0a11"
 SECOND = 1_000_000_000
 RESTART = 3 * SECOND
-JOBS = (ev.Commit, ev.Probe, ev.Fence, ev.StoreTerm, ev.StartGuest)
+JOBS = (ev.Commit, ev.Probe, ev.Fence, ev.StoreTerm, ev.StartGuest, ev.ResumeActivation)
+ON_REPLICA = (ev.Commit, ev.StartGuest, ev.ResumeActivation)
 
 
 @dataclass
@@ -50,6 +52,7 @@ class World(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.stored = TermRecord(UUID)  # on stable storage
+        self.note: Activation | None = None  # so, too
         self.now = 0
         self.epoch = 0
         self.next_session = 1
@@ -175,8 +178,8 @@ class World(RuleBasedStateMachine):
         """Any job may end next, except that jobs of one thread end in order."""
         life = self.life
         threads: list[list[ev.Instruction]] = [
-            [job for job in life.jobs if isinstance(job, ev.Commit | ev.StartGuest)],
-            [job for job in life.jobs if not isinstance(job, ev.Commit | ev.StartGuest)],
+            [job for job in life.jobs if isinstance(job, ON_REPLICA)],
+            [job for job in life.jobs if not isinstance(job, ON_REPLICA)],
         ]
         heads = [thread[0] for thread in threads if thread]
         job = heads[which % len(heads)]
@@ -198,6 +201,7 @@ class World(RuleBasedStateMachine):
             case ev.Probe(attempt):
                 self.tell(ev.ProbeDone(attempt, HostView(*view, "seen"), self.now))
             case ev.Fence(attempt):
+                self.note = self.noted(Phase.FEEDING) if good else None
                 life.fencing = False
                 life.fenced = life.owed = good and not life.retired
                 self.tell(ev.FenceDone(attempt, FenceResult(good, "so"), self.now))
@@ -205,6 +209,8 @@ class World(RuleBasedStateMachine):
                 assert term >= self.stored.term
                 assert next_epoch >= self.stored.next_epoch
                 self.stored = TermRecord(UUID, term, role, next_epoch)
+                if role is Role.NONE:
+                    self.note = None
                 self.tell(ev.TermStored(term, role))
             case ev.StoreTerm():
                 self.tell(ev.TermFailed("disk full", self.now))
@@ -213,16 +219,34 @@ class World(RuleBasedStateMachine):
                 life.owed = False
                 self.starts.append(self.stored.term)
                 self.tell(ev.GuestStarted(7))
+            case ev.ResumeActivation() if good:
+                assert self.note is not None
+                assert self.note.is_of(self.stored), "a term that is not ours"
+                if not self.runs_here:
+                    self.starts.append(self.stored.term)
+                self.runs_here = life.started = True
+                self.tell(ev.GuestStarted(7))
+            case ev.ResumeActivation():
+                self.tell(ev.StartFailed("it may not be the whole epoch", self.now))
             case ev.StartGuest():
                 self.tell(ev.StartFailed("address in use", self.now))
 
+    def noted(self, phase: Phase) -> Activation:
+        return Activation(UUID, "g", "192.0.2.1", self.life.machine.term + 1, self.epoch, phase, "")
+
     def crash(self, term_written: bool) -> None:
         """The process dies; a term that was being written is there or not."""
+        if self.life.fencing:
+            self.note = self.noted(Phase.FENCING)
         for job in self.life.jobs:
             if isinstance(job, ev.StoreTerm) and term_written:
                 self.stored = TermRecord(UUID, job.term, job.role, job.next_epoch)
                 break
-        self.life = Life(Standby(Policy(RESTART), self.stored))
+        left = self.note
+        if left is not None and not left.is_of(self.stored) and not left.is_ahead_of(self.stored):
+            left = self.note = None
+        self.life = Life(Standby(Policy(RESTART), self.stored, left))
+        assert left is None or self.life.machine.state not in (State.WAITING, State.ACTIVE)
         self.stand_by()
 
     # ------------------------------------------------------------ what it checks
@@ -239,7 +263,10 @@ class World(RuleBasedStateMachine):
             case ev.SendEngineLostHeard():
                 assert not life.fencing
                 assert not life.fenced
+            case ev.ForgetActivation():
+                self.note = None
             case ev.BeginSession(session):
+                self.note = None
                 life.lost_since = None
                 _, term, resume = self.hello_now
                 life.session, life.session_term = session, term

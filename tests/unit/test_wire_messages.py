@@ -100,7 +100,7 @@ messages = st.one_of(
     st.builds(Retired, st.just(SESSION)),
     st.builds(EngineLost, st.uuids().map(str), st.sampled_from(LeftGuest), text),
     st.builds(EngineLostHeard, st.just(SESSION)),
-    st.builds(Check, st.uuids().map(str), text),
+    st.builds(Check, st.uuids().map(str), text, st.uuids().map(str)),
     st.builds(
         Checked,
         text, st.just("xen"), text, i63, i63, st.just("memory"), i63, i63, text, text,
@@ -328,7 +328,7 @@ GOOD: dict[Kind, Message] = {
     Kind.WELCOME: WELCOME,
     Kind.REFUSED: Refused(SESSION, TERM, "busy", "text"),
     Kind.MISSING: Missing(0, 0, ((0, 3), (9, 9))),
-    Kind.CHECK: Check(INFO.uuid, INFO.name),
+    Kind.CHECK: Check(INFO.uuid, INFO.name, INFO.host.boot_id),
     Kind.CHECKED: CHECKED,
 }
 

@@ -11,8 +11,8 @@ import pytest
 
 from checkpointd.hypervisor.port import DomainInfo, HostIdentity
 from checkpointd.native import Bitmap
-from checkpointd.secondary.restorers.xl import Feed
 from checkpointd.secondary.restorers.xl_config import with_room
+from checkpointd.secondary.restorers.xl_feed import Feed
 from checkpointd.secondary.restorers.xl_process import InterruptedFeedError, Limits
 from checkpointd.stream.records import DomainType, RecordType
 from checkpointd.stream.writer import headers, record

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import signal
 import subprocess
 import uuid as uuids
 from dataclasses import dataclass
@@ -13,6 +16,9 @@ from checkpointd.hypervisor.xen.lib import Store, check, ffi, lib
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+# s; from SIGKILL to the end of an xl that hangs: an instant, unless it hangs in the kernel.
+KILL = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +68,35 @@ class Domains:
         )
 
     def destroy(self, domid: int, timeout: float) -> None:
-        """The domain and all that libxl has for it; `timeout` in seconds."""
+        """The domain and all that libxl has for it; `timeout` in seconds. An xl that hangs is killed, and not waited
+        for: in the kernel it may hang for ever.
+        """
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 ("xl", "destroy", str(domid)),
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=timeout,
-                text=True,
-                errors="replace",
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # a group of its own: its scripts are killed with it
             )
         except OSError as error:
             raise HypervisorError(f"cannot run xl ({error.strerror}): install xen-utils") from None
+        assert process.stderr is not None, "asked for"
+        try:
+            _, said = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL)
             raise HypervisorError(
-                f"`xl destroy {domid}` has not ended within {timeout:g} s"
+                f"`xl destroy {domid}` has not ended within {timeout:g} s: killed; try it by hand"
             ) from None
-        if done.returncode:
-            raise HypervisorError(f"`xl destroy {domid}` failed: {done.stderr.strip()}")
+        finally:
+            process.stderr.close()
+        if process.returncode:
+            text = said.decode(errors="replace").strip()
+            raise HypervisorError(f"`xl destroy {domid}` failed: {text}")
 
     def close(self) -> None:
         self._store.close()

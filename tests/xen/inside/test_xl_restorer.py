@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 from lab.guests import Guest, ticks
 
+from checkpointd.authority.processes import boot_id
 from checkpointd.hypervisor.port import DomainInfo, HostIdentity
 from checkpointd.hypervisor.xen.incoming import Domains
 from checkpointd.hypervisor.xen.lib import open_libs
 from checkpointd.native import DigestKey
+from checkpointd.secondary.activations import Activation, Activations, Phase
 from checkpointd.secondary.epochs import Budget, Load
 from checkpointd.secondary.replica import Replica
 from checkpointd.secondary.restorers.xl import XlRestorer
@@ -118,7 +120,8 @@ class Recorded:
         self.info = DomainInfo(uuid, 1, NAME, NR_PFNS, 24576, "xen", host, {"xl": self.config})
         self.domains = Domains(open_libs())
         self.replica = Replica(uuid, NR_PFNS, Budget(EPOCH_MEMORY))
-        self.restorer = XlRestorer(self.domains, notes, limits=limits)
+        self.activations = Activations(notes.parent / "activations")
+        self.restorer = XlRestorer(self.domains, notes, self.activations, limits=limits)
         self.restorer.begin(self.info, self.static)
         self._commit(first)
 
@@ -231,17 +234,7 @@ def test_an_xl_that_is_lost_is_replaced_at_the_activation(
 def test_our_death_leaves_the_guest_paused_and_the_next_life_goes_on(
     recording: Path, make: Callable[..., Recorded], tmp_path: Path, point: str
 ) -> None:
-    done = subprocess.run(
-        (sys.executable, __file__, str(recording), str(tmp_path / "notes")),
-        env={
-            **os.environ,
-            "CHECKPOINTD_FAULTS": f"{point}=kill",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    die(recording, tmp_path, point)
     before = said()
     domains = Domains(open_libs())
     uuid = _uuid(recording)
@@ -262,6 +255,43 @@ def test_our_death_leaves_the_guest_paused_and_the_next_life_goes_on(
     recorded.start()
 
 
+@pytest.mark.parametrize("point", ["xl.sealed", "xl.finished", "xl.before-release", "xl.unnoted"])
+def test_an_activation_that_we_die_in_is_finished_by_the_next_life(
+    recording: Path, tmp_path: Path, point: str
+) -> None:
+    die(recording, tmp_path, point)
+    before = said()
+    domains, activations = Domains(open_libs()), Activations(tmp_path / "activations")
+    uuid = _uuid(recording)
+    try:
+        left = activations.load(uuid)
+        assert left is not None
+        domid = XlRestorer(domains, tmp_path / "notes", activations).resume(left)
+        until(lambda: said() >= before + 2, "it does not run")
+        found = domains.find(uuid)
+        assert found is not None
+        assert (found.domid, found.name, found.paused) == (domid, NAME, False)
+    finally:
+        if found := domains.find(uuid):
+            domains.destroy(found.domid, LIMIT)
+        domains.close()
+
+
+def die(recording: Path, folder: Path, point: str) -> None:
+    """A process like ours is killed at this point."""
+    done = subprocess.run(
+        (sys.executable, __file__, str(recording), str(folder / "notes")),
+        env={
+            **os.environ,
+            "CHECKPOINTD_FAULTS": f"{point}=kill",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
 def _uuid(recording: Path) -> str:
     for event in Reader().feed(recording.read_bytes()[: 1 << 16]):
         assert isinstance(event.content, XlHeader)
@@ -275,4 +305,7 @@ if __name__ == "__main__":
     life = Recorded(Path(sys.argv[1]), Path(sys.argv[2]))
     life.applied()
     life.next()
+    life.activations.begin(
+        Activation(life.info.uuid, NAME, "", 2, life.replica.epoch or 0, Phase.FEEDING, boot_id())
+    )
     life.restorer.start(life.info, life.replica, paused=False)

@@ -1,0 +1,188 @@
+"""What an earlier life of this process left of incoming domains: told from others', destroyed, or finished.
+
+Xen keeps a domain whose builder's feeder has died: paused, for one pause of it is ours (xl_process.py). Two notes say
+what it is. The *incoming* note, in a folder that does not outlive the host's boot, says that a domain of this UUID was
+being taken in, and by which process; a replica, so whoever takes the guest in anew may destroy it. The *activation*
+note (secondary/activations.py), on stable storage, says how far an activation had come; where it says that the domain
+has the whole last acked epoch, the domain is finished and let go.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from checkpointd import faults
+from checkpointd.authority.processes import HostIdentity, boot_id, identify, start_time
+from checkpointd.errors import HypervisorError
+from checkpointd.secondary.activations import Phase, lost
+
+from . import NothingWholeError
+from .xl_process import INCOMING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from checkpointd.secondary.activations import Activation, Activations
+
+    from .xl_process import Domains, Found, Limits
+
+log = logging.getLogger(__name__)
+
+
+class IncomingNotes:
+    """Which domains are being taken in, and by whom."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` does not outlive the host's boot."""
+        self._directory = directory
+
+    def write(self, uuid: str) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._path(uuid)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"uuid": uuid, **asdict(identify())}), encoding="ascii")
+        temporary.replace(path)
+
+    def remove(self, uuid: str) -> None:
+        self._path(uuid).unlink(missing_ok=True)
+
+    def was_ours(self, uuid: str) -> bool:
+        """Whether a note says so, of this boot, by this process or one that is gone."""
+        try:
+            note = json.loads(self._path(uuid).read_text(encoding="ascii"))
+            by = HostIdentity(note["boot_id"], note["pid"], note["start_time"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return by.boot_id == boot_id() and (by == identify() or start_time(by.pid) != by.start_time)
+
+    def _path(self, uuid: str) -> Path:
+        return self._directory / f"incoming-{uuid}.json"
+
+
+def make_way(domains: Domains, notes: IncomingNotes, uuid: str, limits: Limits) -> None:
+    """Destroy what the note and its being paused show to be no running guest, then note that the next
+    domain of this UUID is ours. Raises HypervisorError if one is here by anybody else.
+    """
+    found = domains.find(uuid)
+    if found is None:
+        notes.write(uuid)
+        return
+    if not (found.paused and notes.was_ours(uuid)):
+        raise HypervisorError(
+            f"domain {found.domid} ({found.name}) with UUID {uuid} lives here, and is none that was "
+            f"being taken in: if it is not needed, `xl destroy {found.domid}`"
+        )
+    log.warning(
+        "%s: destroying domain %d (%s), left by an earlier process", uuid, found.domid, found.name
+    )
+    domains.destroy(found.domid, limits.destroy)
+    notes.write(uuid)
+
+
+class Leftover:
+    """One domain of an activation that an earlier life began; its term is ours, and the old guest was stopped.
+
+    Whole epochs (invariant 2): it is let go only if it is certainly the whole last acked epoch. That is: the note
+    says SEALED, which is written once xl has applied that epoch, or later; the domain is that of the note, in the
+    same boot; and xl has finished it, which its name tells, for xl gives it its own as the last but one thing, and is
+    gone. Anything else stays as it is: paused, and told.
+    """
+
+    def __init__(
+        self, domains: Domains, notes: IncomingNotes, activations: Activations, limits: Limits
+    ) -> None:
+        self._domains = domains
+        self._notes = notes
+        self._activations = activations
+        self._limits = limits
+
+    def resume(self, left: Activation) -> int:
+        """Let the guest go on; gives its domid. Raises HypervisorError: what is here, and what to do. May be called
+        again.
+        """
+        same_boot = left.boot_id == boot_id()
+        if same_boot and left.builder is not None and left.phase is Phase.SEALED:
+            self._await_builder(left.builder)
+        found = self._domains.find(left.uuid)
+        if found is None:
+            raise NothingWholeError(lost(left))
+        if not found.paused:
+            log.info("%s: runs here as domain %d", left.uuid, found.domid)
+            return found.domid
+        if not (same_boot and _is_whole(left, found)):
+            raise NothingWholeError(_uncertain(left, found))
+        if not (left.paused and left.phase is Phase.FINISHED):
+            self._let_go(left, found)
+        return found.domid
+
+    def _let_go(self, left: Activation, found: Found) -> None:
+        log.warning(
+            "%s: an earlier process died while it activated epoch %d (%s): domain %d has all of it, and is let go",
+            left.uuid,
+            left.epoch,
+            left.phase,
+            found.domid,
+        )
+        if left.phase is Phase.SEALED:
+            log.warning(
+                "%s: memory that the guest had given up since it was first copied stays taken here",
+                left.uuid,
+            )
+        self._activations.advance(left.uuid, Phase.FINISHED)
+        faults.point("xl.before-release")
+        self._notes.remove(left.uuid)
+        faults.point("xl.unnoted")
+        if not left.paused:
+            self._domains.unpause(found.domid)
+            faults.point("xl.after-release")
+            after = self._domains.find(left.uuid)
+            if after is not None and after.paused:
+                raise HypervisorError(
+                    f"domain {found.domid} ({found.name}) is let go by us, and paused by somebody else yet: "
+                    f"`xl unpause {found.domid}`"
+                )
+
+    def _await_builder(self, builder: HostIdentity) -> None:
+        """Until xl, whose input ended with the process that fed it, has finished; one that hangs is killed."""
+        try:
+            descriptor = os.pidfd_open(builder.pid)
+        except ProcessLookupError:
+            return
+        try:
+            if start_time(builder.pid) != builder.start_time:
+                return
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            if poll.poll(self._limits.exit * 1000):
+                return
+            log.error(
+                "xl (pid %d) did not finish within %g s: killed", builder.pid, self._limits.exit
+            )
+            with suppress(ProcessLookupError):
+                os.killpg(builder.pid, signal.SIGKILL)  # it is the leader of its own group
+            poll.poll(self._limits.kill * 1000)
+        finally:
+            os.close(descriptor)
+
+
+def _is_whole(left: Activation, found: Found) -> bool:
+    if found.domid != left.domid:
+        return False
+    finished = left.phase is Phase.SEALED and not found.name.endswith(INCOMING)
+    return finished or left.phase is Phase.FINISHED
+
+
+def _uncertain(left: Activation, found: Found) -> str:
+    return (
+        f"{left.old_guest}, and nobody runs {left.name}: the process died that activated epoch {left.epoch}, and "
+        f"domain {found.domid} ({found.name}), paused, is what xl had taken in by then: that epoch or an earlier one, "
+        f"or part of one if its name ends in {INCOMING}; nothing starts it by itself. If it is good enough, "
+        f"`xl unpause {found.domid}`; else `xl destroy {found.domid}`, and start the guest anew"
+    )
