@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_hypervisor import Guest, compile_fake
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+# The same examples every time, and no machine is too slow for one of them.
+settings.register_profile("checkpointd", derandomize=True, deadline=None)
+settings.load_profile("checkpointd")
 
 
 @pytest.fixture(scope="session")
