@@ -210,7 +210,9 @@ def turn(rig: Rig, living: Living, way: str, interval: int) -> Felt:
 def test_side_by_side(
     rig: Rig, guest_was_broken: Callable[[], bool], pytestconfig: pytest.Config
 ) -> None:
-    """In --rounds turns (judged: three). The goals: above the floor, at most a tenth of xl remus's stall at 500 ms; at 100 ms 95 % of the load's rate."""
+    """In --rounds turns (judged: three). The goals: above the floor, at most a tenth of xl remus's stall at 500 ms; at
+    100 ms 95 % of the load's rate.
+    """
     living, broken = rig.create(LOAD, ticks=5), 0
     felt: dict[tuple[int, str], list[Felt]] = {}
     for interval in INTERVALS:
