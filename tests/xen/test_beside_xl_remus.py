@@ -226,6 +226,8 @@ def test_side_by_side(
                         if not guest_was_broken():
                             raise
                         broken += 1  # by QEMU; the turn is taken again, with another guest
+                        # An engine takes the fault for a reboot, and follows it.
+                        rig.a.ssh(f"xl destroy {LOAD.name}", check=False)
                         living = rig.create(LOAD, ticks=5)
                 felt.setdefault((interval, way), []).append(done)
     verdicts = judge(felt)
