@@ -67,7 +67,9 @@ class Authority:
         return ev.ProbeDone(attempt, view, self._clock())
 
     def fence(self, attempt: int, term: int, epoch: int) -> ev.FenceDone:
-        """For an activation in `term`, of `epoch`, which is noted before anything is done to the old guest."""
+        """For an activation in `term`, of `epoch`, which is noted before anything is done to the old guest. The note of
+        a fence that failed stays: it may have stopped the guest all the same, and the next life is to say so.
+        """
         faults.point("secondary.before-fence")
         result = FenceResult(False, self._why_none)
         if self._fence is not None:
@@ -86,8 +88,6 @@ class Authority:
             proof = result.detail[:PROOF_KEPT]
             self._activations.advance(self._uuid, Phase.FEEDING, proof=proof)
             faults.point("secondary.fence-noted")
-        else:
-            self.forget()
         return ev.FenceDone(attempt, result, self._clock())
 
     def store_term(self, step: ev.StoreTerm) -> ev.TermStored | ev.TermFailed:

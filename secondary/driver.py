@@ -8,7 +8,6 @@ terms), so that neither a long commit nor a slow fence keeps a heartbeat from be
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any, assert_never
 
 from checkpointd import faults
@@ -449,11 +448,10 @@ class Driver:
                 f"mend this, and it is started within a second: {machine.reason}",
             )
             log.error(
-                "%s: not ending yet: %s. To give this guest up for good: `rm %s; kill -KILL %d`",
+                "%s: not ending yet: %s. To give this guest up for good: `B fenced A and cannot start the guest` in "
+                "docs/operating.md",
                 self.uuid,
                 why,
-                self._around.activations.path(self.uuid),
-                os.getpid(),
             )
         return False
 

@@ -207,9 +207,15 @@ class Failover(Books):
         if self.state not in (State.PROBING, State.ENGINE_LOST, State.FAILED):
             return
         self._told = False
+        self._forget_fence(out)
         self._call_off(State.STANDBY, "", out)
 
     def _taken_over(self) -> str:
+        if self.state is not State.ACTIVE:
+            return (
+                "this side has stopped the old guest and not got it to run here yet; before you stop or start any, see "
+                "`checkpointd status` there"
+            )
         return f"this side took the guest over in term {self.term}: stop the old one"
 
 

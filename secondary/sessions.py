@@ -66,6 +66,8 @@ class Sessions(Failover):
 
     def _refusal(self, hello: HelloReceived) -> tuple[str, str] | None:
         if hello.term < self.term:
+            if self.taken_over and self.state is not State.ACTIVE:
+                return "term", f"your term {hello.term} is over: {self._taken_over()}"
             return "term", (
                 f"your term {hello.term} is over: this guest is in term {self.term}; stop the old "
                 "guest, and protect the one that runs now from where it runs"

@@ -12,6 +12,7 @@ from .events import (
     Alarm,
     DropReplica,
     Event,
+    ForgetActivation,
     Instruction,
     PartWhole,
 )
@@ -138,7 +139,13 @@ class Books:
         for event in held:
             self._handle(event, out)
 
+    def _forget_fence(self, out: list[Instruction]) -> None:
+        """The old guest was not stopped by one that failed: it is heard of again."""
+        if self._fence_tried and not self._fencing and not self._fenced:
+            out.append(ForgetActivation())
+
     def _drop(self, reason: str, out: list[Instruction]) -> None:
+        self._forget_fence(out)
         self.pending.clear()
         self.committed = None
         self._open = self._fence_wanted = self._probing = False

@@ -146,8 +146,8 @@ class ReplicaWorker:
         try:
             if self._replica is None or self._info is None:
                 return StartFailed("the replica is gone", self._clock())
+            self._keep_remainder()  # first: the other copy may take minutes
             self._keep()
-            self._keep_remainder()
             faults.point("secondary.before-start")
             started = self._restorer.start(self._info, self._replica, paused=paused)
             faults.point("secondary.after-start")
@@ -171,14 +171,26 @@ class ReplicaWorker:
                     self._clock(),
                 )
             try:
-                return GuestStarted(self._restorer.resume(left))
+                domid = self._restorer.resume(left)
             except NothingWholeError as error:
                 if not self._take_up(left):
                     raise
                 log.error("%s: building it anew from its image on disk: %s", self._uuid, error)
+            else:
+                self._forget_files()
+                return GuestStarted(domid)
         except (CheckpointdError, OSError) as error:
             return StartFailed(str(error), self._clock())
+        except Exception as error:  # as in start(): of one guest, and not to end all the others
+            log.exception("the activation was not finished")
+            return StartFailed(repr(error), self._clock())
         return self.start(paused=paused)
+
+    def _forget_files(self) -> None:
+        """The guest runs: an image of before that is never to be built again."""
+        if self._image_dir is not None:
+            for suffix in (".image", ".json", ".remainder"):
+                (self._image_dir / f"{self._uuid}{suffix}").unlink(missing_ok=True)
 
     def _keep_remainder(self) -> None:
         """With it the next life, should we die in what follows, makes an epoch of the image file."""

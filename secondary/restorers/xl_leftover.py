@@ -93,6 +93,10 @@ class Leftover:
     says SEALED, which is written once xl has applied that epoch, or later; the domain is that of the note, in the
     same boot; and xl has finished it, which its name tells, for xl gives it its own as the last but one thing, and is
     gone. Anything else stays as it is: paused, and told.
+
+    One runner (invariant 4): a domain that may have been let go is never built a second time. If it is not here it has
+    ended since, or lives elsewhere. The incoming note goes before it is let go, so that a full disk, which keeps the
+    activation note from saying FINISHED, hides nothing.
     """
 
     def __init__(
@@ -112,6 +116,10 @@ class Leftover:
             self._await_builder(left.builder)
         found = self._domains.find(left.uuid)
         if found is None:
+            if left.phase is Phase.FINISHED or (
+                left.phase is Phase.SEALED and not self._notes.was_ours(left.uuid)
+            ):
+                raise HypervisorError(_was_let_go(left, self._activations.path(left.uuid)))
             raise NothingWholeError(lost(left))
         if not found.paused:
             log.info("%s: runs here as domain %d", left.uuid, found.domid)
@@ -179,10 +187,18 @@ def _is_whole(left: Activation, found: Found) -> bool:
     return finished or left.phase is Phase.FINISHED
 
 
+def _was_let_go(left: Activation, note: Path) -> str:
+    return (
+        f"an earlier process finished domain {left.domid} of {left.name}, and it is not here any more: it has run, and "
+        "has ended or was moved since, so that nothing is built anew. If it is to run, start it on this machine (seen "
+        f"within 10 s); if it runs elsewhere, or is not to, remove {note}, and start this secondary anew"
+    )
+
+
 def _uncertain(left: Activation, found: Found) -> str:
     return (
         f"{left.old_guest}, and nobody runs {left.name}: the process died that activated epoch {left.epoch}, and "
         f"domain {found.domid} ({found.name}), paused, is what xl had taken in by then: that epoch or an earlier one, "
         f"or part of one if its name ends in {INCOMING}; nothing starts it by itself. If it is good enough, "
-        f"`xl unpause {found.domid}`; else `xl destroy {found.domid}`, and start the guest anew"
+        f"`xl unpause {found.domid}`; else `xl destroy {found.domid}`, and start the guest anew on this machine"
     )

@@ -338,9 +338,15 @@ class XlReceive:
         self._domains.drop_pages(self.domid, pfns)
 
     def release(self) -> None:
-        """Take our pause away: the guest runs, unless somebody else holds it, too."""
+        """Take our pause away: the guest runs, unless somebody else holds it, too. Raises HypervisorError."""
         assert self.domid is not None, "held"
-        self._domains.unpause(self.domid)
+        try:
+            self._domains.unpause(self.domid)
+        except HypervisorError:
+            # Xen refuses to unpause a domain that runs: somebody has done so already.
+            found = self._domains.find(self.uuid)
+            if found is None or found.domid != self.domid or found.paused:
+                raise
 
     def abort(self) -> None:
         """Kill xl and its helper, and destroy the domain. Idempotent: it tries once, within the limits of `kill` and

@@ -180,6 +180,32 @@ def test_with_its_image_on_disk_the_guest_is_built_anew(scene: Scene) -> None:
         eventually(lambda: not list((scene.folder / "activations").iterdir()), "forgotten")
 
 
+@pytest.mark.parametrize("point", ["xl.unnoted", "xl.after-release", "secondary.after-start"])
+def test_a_guest_that_was_let_go_and_is_gone_is_not_built_a_second_time(
+    scene: Scene, point: str
+) -> None:
+    """It has run, and ended or moved since: with its image still on disk there would be two of it."""
+    (scene.folder / "images").mkdir()
+    scene.protect_and_die(point)
+    gone = scene.xen.find(UUID)
+    assert gone is not None
+    scene.xen.destroy(gone.domid, LIMIT_S)
+    with scene.next_life() as life:
+        domain = told(life, State.FAILED)
+        assert "not here any more" in domain["reason"]
+        assert scene.xen.get(UUID) is None
+        assert life.service.not_ready()
+
+
+def test_an_image_goes_when_the_next_life_finds_its_guest(scene: Scene) -> None:
+    (scene.folder / "images").mkdir()
+    scene.protect_and_die("xl.after-release")
+    assert list((scene.folder / "images").iterdir())
+    with scene.next_life() as life:
+        told(life, State.ACTIVE)
+        eventually(lambda: not list((scene.folder / "images").iterdir()), "the image is let go")
+
+
 @pytest.mark.parametrize(
     "point",
     [

@@ -102,7 +102,11 @@ class FakeDomains:
         self.add_pauses(self._uuid(domid), 1)
 
     def unpause(self, domid: int) -> None:
-        self.add_pauses(self._uuid(domid), -1)
+        uuid = self._uuid(domid)
+        domain = self.get(uuid)
+        if domain is not None and domain["pauses"] == 0:
+            raise HypervisorError(f"domain {domid}: Invalid argument")  # as Xen says of one that runs
+        self.add_pauses(uuid, -1)
 
     def drop_pages(self, domid: int, pfns: Sequence[int]) -> None:
         """Of a finished domain."""

@@ -90,7 +90,7 @@ def test_a_note_that_cannot_be_read_stops_the_daemon_and_says_what_to_do(
 
 
 @pytest.mark.parametrize("fenced", [False, True])
-def test_the_note_is_there_before_anybody_is_fenced_and_goes_with_a_failure(
+def test_the_note_is_there_before_anybody_is_fenced_and_stays_after_a_failure(
     terms: TermStore, activations: Activations, fenced: bool
 ) -> None:
     fence = Fence(activations, fenced=fenced)
@@ -101,10 +101,9 @@ def test_the_note_is_there_before_anybody_is_fenced_and_goes_with_a_failure(
     assert (seen.phase, seen.term, seen.epoch, seen.address) == (Phase.FENCING, 2, 8, "192.0.2.1")
     assert seen.boot_id == boot_id()
     found = activations.load(UUID)
-    assert (found.phase if found else None) == (Phase.FEEDING if fenced else None)
-    assert (found.old_guest if found else "") == (
-        "the old guest at 192.0.2.1 counts as stopped (so)" if fenced else ""
-    )
+    assert found is not None
+    assert found.phase is (Phase.FEEDING if fenced else Phase.FENCING)
+    assert found.proof == ("so" if fenced else "")
 
 
 def test_without_a_note_nobody_is_fenced(

@@ -313,8 +313,15 @@ def test_a_failed_fence_says_why_and_is_tried_again_while_silence_lasts() -> Non
     assert tell(standby, ev.Tick(RETRY_NS, 0)) == []
     assert tell(standby, silence(RETRY_NS)) == [ev.Fence(3)]
     assert tell(standby, ev.FenceDone(3, NOT_FENCED, RETRY_NS)) == []  # the same: no second alarm
-    tell(standby, ev.Heard(1))
+    assert tell(standby, ev.Heard(1)) == [ev.ForgetActivation()], "it was not stopped: its note goes"
     assert state(standby) is State.STANDBY
+
+
+def test_the_note_of_a_failed_fence_goes_when_the_replica_does() -> None:
+    standby = fencing()
+    tell(standby, ev.FenceDone(2, NOT_FENCED, 0))
+    out = tell(standby, ev.RetireReceived(1, "stopped by its operator"))
+    assert ev.ForgetActivation() in out
 
 
 def test_a_result_of_an_earlier_fence_is_not_taken_for_a_later_one() -> None:

@@ -59,6 +59,32 @@ def test_what_is_left_in_the_pipe_tells_that_an_epoch_is_not_applied(xen: FakeDo
         receive.abort()
 
 
+@pytest.mark.parametrize("by", ["us", "somebody else"])
+def test_a_domain_that_somebody_has_let_go_is_let_go(xen: FakeDomains, by: str) -> None:
+    """Xen refuses to unpause one that runs. That is no failed activation: it would be destroyed, and built anew."""
+    receive = XlReceive(xen, UUID, limits=PATIENT)
+    try:
+        begin(receive)
+        receive.feed(one_page(1))
+        receive.feed(tail(1))
+        receive.seal(tail(1))
+        domid = receive.finish()
+        if by == "somebody else":
+            xen.unpause(domid)
+        receive.release()
+        found = xen.find(UUID)
+        assert found is not None
+        assert not found.paused
+        xen.pause(domid)
+        xen.pause(domid)
+        receive.release()
+        found = xen.find(UUID)
+        assert found is not None
+        assert found.paused, "somebody holds it, too"
+    finally:
+        receive.abort()
+
+
 def test_an_xl_that_reads_nothing_is_given_up_and_no_seal_is_torn(xen: FakeDomains) -> None:
     receive = XlReceive(xen, UUID, limits=HASTY)
     try:
