@@ -27,8 +27,9 @@ TWO = replace(LOAD, vcpus=2)
 # intervals and one ack; in software emulation, with everything at once on two cores, an ack may take seconds.
 LOST = 30.0
 # s. A guest's clock cannot be ahead of the time that has passed, but lines come late; and it counts its sleep by the
-# wall clock of its host, of which two in software emulation drift apart by seconds an hour (clock()).
-AHEAD = 2.0
+# wall clock of its host, of which two in software emulation drift apart by seconds an hour (clock(), which asks through
+# ssh and may be wrong by a second).
+AHEAD = 5.0
 TICKS_AFTER = 3
 
 
@@ -58,7 +59,7 @@ def fail_over(rig: Rig, guest: Guest, interval: str, delay: float, *standby: str
     time.sleep(delay)  # not for something to happen: it chooses the moment of an epoch
     acked = int(rig.domain(rig.b, "secondary")["acked_epoch"])
     jump = clock(rig.b) - clock(rig.a)
-    _, before = living.console.ticks[-1]
+    seen, before = living.console.ticks[-1]
 
     killed = time.monotonic()
     rig.a.pull_plug()
@@ -68,7 +69,7 @@ def fail_over(rig: Rig, guest: Guest, interval: str, delay: float, *standby: str
     numbers = [tick.number for _, tick in ticks]
     assert all(tick.ok for _, tick in ticks), there.text
     assert numbers == list(range(first.number, first.number + len(ticks)))
-    assert -LOST < first.uptime - before.uptime - jump < at - killed + AHEAD
+    assert -LOST < first.uptime - before.uptime - jump < at - seen + AHEAD
     assert rig.uuid(rig.b, guest.name) == living.uuid
     assert rig.domain(rig.b, "secondary")["acked_epoch"] >= acked, "an acked epoch was lost"
     assert secondary.alive()
