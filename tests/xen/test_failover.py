@@ -87,7 +87,9 @@ def moments(config: pytest.Config) -> random.Random:
         pytest.param("500ms", LOAD, (), id="500ms"),
         pytest.param("100ms", LOAD, (), id="100ms"),
         pytest.param("500ms", TWO, (), id="two-vcpus"),
-        pytest.param("500ms", LOAD, ("--image", "disk"), id="image-on-disk"),
+        pytest.param(
+            "500ms", LOAD, ("--image", "disk", "--image-dir", "/var/tmp"), id="image-on-disk"
+        ),
     ],
 )
 def test_power_failure(
