@@ -106,6 +106,20 @@ class _Overlay:
         self._taken = 0
 
 
+class ImageFiles:
+    """What a replica on disk is made of, there for the next life, too."""
+
+    def __init__(self, directory: Path, uuid: str) -> None:
+        self.image = directory / f"{uuid}.image"
+        self.note = directory / f"{uuid}.json"  # what the image is
+        self.remainder = directory / f"{uuid}.remainder"  # what it lacks to be an epoch (remainder.py)
+
+    def remove(self) -> None:
+        """The image first: without it the others are nothing. Idempotent. Raises OSError."""
+        for path in (self.image, self.note, self.remainder):
+            path.unlink(missing_ok=True)
+
+
 class Replica:
     """Invariant 2: in state `whole` the image is exactly one committed epoch, bit for bit.
 
@@ -139,12 +153,12 @@ class Replica:
         self._overlay: _Overlay | None = None
         self._live_epoch = 0  # whose live parts the overlay holds
         self._reserved: set[int] = set()  # extents with memory of their own
-        self._file = None if directory is None else directory / f"{uuid}.image"
+        self._files = None if directory is None else ImageFiles(directory, uuid)
         self._marked = ""  # what the file's note says
         fd = -1
         try:
             self.populated = native.Bitmap(nr_pfns)
-            fd = self._open_file() if self._file else self._open_memory()
+            fd = self._open_file(self._files) if self._files else self._open_memory()
             self._memory = _Memory(fd, nr_pfns)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             if fd >= 0:
@@ -281,14 +295,12 @@ class Replica:
         if self._memory.map.closed:
             return
         self.forget_live()
-        if self._file and not remove:
+        if self._files and not remove:
             self._memory.map.flush()
             self._mark("committed" if self.state is State.WHOLE else "stale")
         self._memory.close()
-        if self._file and remove:
-            self._file.unlink(missing_ok=True)
-            self._note.unlink(missing_ok=True)
-            self.remainder.unlink(missing_ok=True)
+        if self._files and remove:
+            self._files.remove()
 
     # ------------------------------------------------------------ memory and disk
 
@@ -329,9 +341,8 @@ class Replica:
         os.ftruncate(fd, self.nr_pfns * PAGE_SIZE)
         return fd
 
-    def _open_file(self) -> int:
-        assert self._file is not None
-        fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _open_file(self, files: ImageFiles) -> int:
+        fd = os.open(files.image, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             size = self.nr_pfns * PAGE_SIZE
             if os.fstat(fd).st_size == size:
@@ -349,22 +360,22 @@ class Replica:
 
     @property
     def on_disk(self) -> bool:
-        return self._file is not None
+        return self._files is not None
 
     @property
     def remainder(self) -> Path:
         """Where what the file lacks is kept while it is activated (remainder.py)."""
-        assert self._file is not None
-        return self._file.with_suffix(".remainder")
+        assert self._files is not None
+        return self._files.remainder
 
     @property
     def _note(self) -> Path:
-        assert self._file is not None
-        return self._file.with_suffix(".json")
+        assert self._files is not None
+        return self._files.note
 
     def _touch(self) -> None:
         """Before this life's first change: nobody shall take the file for what an earlier one left."""
-        if not self._file or self._marked == "stale":
+        if not self._files or self._marked == "stale":
             return
         try:
             self.remainder.unlink(missing_ok=True)

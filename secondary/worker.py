@@ -17,7 +17,7 @@ from checkpointd.native import DIGEST_SIZE, DigestKey
 from . import remainder
 from .events import CommitDone, CommitFailed, GuestStarted, StartFailed
 from .remainder import Remainder
-from .replica import NoRoomError, Replica
+from .replica import ImageFiles, NoRoomError, Replica
 from .restorers import NothingWholeError
 
 if TYPE_CHECKING:
@@ -188,9 +188,9 @@ class ReplicaWorker:
 
     def _forget_files(self) -> None:
         """The guest runs: an image of before that is never to be built again."""
+        self._forget(remove=True)
         if self._image_dir is not None:
-            for suffix in (".image", ".json", ".remainder"):
-                (self._image_dir / f"{self._uuid}{suffix}").unlink(missing_ok=True)
+            ImageFiles(self._image_dir, self._uuid).remove()
 
     def _keep_remainder(self) -> None:
         """With it the next life, should we die in what follows, makes an epoch of the image file."""
@@ -214,11 +214,11 @@ class ReplicaWorker:
     def _take_up(self, left: Activation) -> bool:
         """Whether the replica is the epoch of the activation, once more or by an image that is here from then."""
         if self._replica is None and self._image_dir is not None:
-            kept = remainder.read(self._image_dir / f"{left.uuid}.remainder")
-            image = self._image_dir / f"{left.uuid}.image"
+            files = ImageFiles(self._image_dir, left.uuid)
+            kept = remainder.read(files.remainder)
             if kept is None or kept.epoch != left.epoch or kept.info.uuid != left.uuid:
                 return False
-            if not image.exists() or image.stat().st_size != kept.info.nr_pfns * PAGE_SIZE:
+            if not files.image.exists() or files.image.stat().st_size != kept.info.nr_pfns * PAGE_SIZE:
                 return False
             self._info, self._static = kept.info, kept.static_records
             self._restorer.begin(kept.info, kept.static_records)
