@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
 DRAW_EVERY = 0.2  # s; as often as an eye follows
 WIDTH = 30  # characters of bar
 CLOSE_TIMEOUT = 0.5  # s; what a blocked terminal may cost at the end
+
+
+@contextmanager
+def shown(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives what is told how much of how much is done; it shows that if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with Progress(what) as progress:
+        yield progress.update
 
 
 class Progress:

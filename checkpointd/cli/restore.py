@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpointd.cli.progress import Progress
+from checkpointd.cli.progress import shown
 from checkpointd.daemon import paths
 
 if TYPE_CHECKING:
@@ -55,11 +54,8 @@ def run(args: argparse.Namespace) -> int:
         run_dir=args.run_dir,
         unsafe_untested_xen=args.unsafe_untested_xen,
     )
-    if sys.stderr.isatty():
-        with Progress("restore") as progress:
-            restored = run_restore(wanted, progress.update)
-    else:
-        restored = run_restore(wanted, lambda done, total: None)
+    with shown("restore") as update:
+        restored = run_restore(wanted, update)
     what = f"epoch {restored.epochs}" if restored.epochs else "the image"
     rest = f" ({restored.left_over} octets behind it are of no whole epoch)" * bool(restored.left_over)
     does = "is there, paused" if args.paused else "runs"

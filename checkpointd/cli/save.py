@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from checkpointd.cli.progress import Progress
+from checkpointd.cli.progress import shown
 from checkpointd.daemon import paths, units
 from checkpointd.errors import UsageError
 
@@ -92,11 +92,8 @@ def run(args: argparse.Namespace) -> int:
         unsafe_disk=args.unsafe_disk,
         unsafe_untested_xen=args.unsafe_untested_xen,
     )
-    if sys.stderr.isatty():
-        with Progress("save") as progress:
-            saved = run_save(wanted, progress.update)
-    else:
-        saved = run_save(wanted, lambda done, total: None)
+    with shown("save") as update:
+        saved = run_save(wanted, update)
     ends = {
         After.RUN: f"stood still for {units.format_duration(saved.pause_ns // 1000 * 1000)} and runs on",
         After.PAUSE: "is paused",

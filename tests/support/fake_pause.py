@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 from fake_hypervisor import SECOND
+from fake_library import CSRC
 from fake_xen import NODE, adapter, compile_fake_xen
 
+declared = runpy.run_path(str(CSRC / "declared.py"))
 PEEK, CLEAN, FINAL = 0, 1, 2  # CK_HARVEST_*
 
 
@@ -17,21 +20,8 @@ def compile_fake_pause(directory: Path) -> Any:
     return compile_fake_xen(
         directory / "fake_pause.so",
         [Path(__file__).with_suffix(".c"), *sources],
-        """
-        struct ck_hypervisor {
-            uint32_t abi;
-            uint32_t size;
-            void *domain;
-            int (*suspend)(void *domain, int64_t timeout_ns);
-            int (*resume)(void *domain);
-            int (*harvest)(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode);
-            int64_t (*p2m_changes)(void *domain, uint64_t *bitmap, uint64_t nr_pfns);
-            int (*types)(void *domain, uint64_t *pfns, uint32_t count);
-            int (*map)(void *domain, uint64_t first_pfn, uint32_t count, void **base);
-            int (*unmap)(void *domain, void *base, uint32_t count);
-            int64_t (*context)(void *domain, uint8_t *buffer, uint64_t capacity);
-            int (*output_close)(void *domain, uint64_t *closed);
-        };
+        declared["struct"]("ck_hypervisor", CSRC / "hypervisor.h")
+        + """
         struct xen_signs { uint64_t thefts; bool suspended, late, foreign; };
         void xen_domain_signs(const void *domain, struct xen_signs *signs);
         void xen_domain_keep(void *domain, uint64_t *asked_ns);

@@ -10,31 +10,14 @@ from cffi import FFI
 HERE = Path(__file__).parent  # relative to the root, as setuptools wants the paths of sources
 PORT = HERE.parents[2] / "csrc"  # hypervisor.h, strict.h and the hash of sources
 tools = runpy.run_path(str(PORT / "source_hash.py"))
+declared = runpy.run_path(str(PORT / "declared.py"))
 
 ffi = FFI()
+ffi.cdef(declared["port"]())
 ffi.cdef(
     """
     static char *const CK_SOURCE_HASH;
     void free(void *memory);  /* of what libxenstore returns */
-
-    /* hypervisor.h: whole, so that tests can call the table as the native pause does */
-    #define CK_HARVEST_PEEK ...
-    #define CK_HARVEST_CLEAN ...
-    #define CK_HARVEST_FINAL ...
-    struct ck_hypervisor {
-        uint32_t abi;
-        uint32_t size;
-        void *domain;
-        int (*suspend)(void *domain, int64_t timeout_ns);
-        int (*resume)(void *domain);
-        int (*harvest)(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode);
-        int64_t (*p2m_changes)(void *domain, uint64_t *bitmap, uint64_t nr_pfns);
-        int (*types)(void *domain, uint64_t *pfns, uint32_t count);
-        int (*map)(void *domain, uint64_t first_pfn, uint32_t count, void **base);
-        int (*unmap)(void *domain, void *base, uint32_t count);
-        int64_t (*context)(void *domain, uint8_t *buffer, uint64_t capacity);
-        int (*output_close)(void *domain, uint64_t *closed);
-    };
 
     /* libs.h */
     #define XEN_STATE_DYING ...
