@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _SUFFIX = ".json"
 PROOF_KEPT = 500  # characters of it: a command may say much
-NOTE_LIMIT = 8192  # octets; a note has some 500 and the proof, so anything longer is none of ours
+NOTE_LIMIT = 8192  # octets; a note has some 500, and at most 6 for each character of name (256) and proof
 
 
 class Phase(StrEnum):

@@ -10,8 +10,8 @@ from checkpointd.authority.processes import boot_id
 from checkpointd.authority.terms import Role, TermRecord
 from checkpointd.errors import CheckpointdError, StateError
 
-from . import events as ev
 from .activations import PROOF_KEPT, Activation, Phase
+from .standby import events as ev
 
 if TYPE_CHECKING:
     from collections.abc import Callable

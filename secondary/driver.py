@@ -15,14 +15,14 @@ from checkpointd.native import DigestKey
 from checkpointd.wire import messages
 from checkpointd.wire.frames import Header, Kind
 
-from . import events as ev
 from .authority import Authority
-from .detector import Detector
 from .digests import DigestAnswer
 from .epochs import Acked, EpochAssembler, Lacking, Load
 from .jobs import Jobs, nothing
 from .replica import NoRoomError
 from .standby import Policy, Standby, State
+from .standby import events as ev
+from .standby.detector import Detector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +85,7 @@ class Driver:
         self._alarm = ""
         self._no_fence = ""  # why the session's guest could not be fenced, if that is known already
         self._cause = "silence"  # of an activation, for the metrics
-        self._end_put_off: set[State] = set()  # told, while the process was to end
+        self._told_at_end: set[State] = set()  # told, while the process was to end
         self._metrics.state(str(self.machine.state))
 
     # ------------------------------------------------------------ from the wire
@@ -435,25 +435,10 @@ class Driver:
     def may_end(self) -> bool:
         """Whether the process may end now, for all that this domain knows. Why not is logged, once for each reason."""
         machine = self.machine
-        if not machine.owes_guest:
-            return True
-        if machine.state not in self._end_put_off:
-            self._end_put_off.add(machine.state)
-            why = {
-                State.FENCING: "its old guest is being stopped",
-                State.ACTIVATING: f"it is being started from epoch {machine.committed}",
-            }.get(
-                machine.state,
-                f"its old guest is stopped, and epoch {machine.committed} is here alone; "
-                f"mend this, and it is started within a second: {machine.reason}",
-            )
-            log.error(
-                "%s: not ending yet: %s. To give this guest up for good: `B fenced A and cannot start the guest` in "
-                "docs/operating.md",
-                self.uuid,
-                why,
-            )
-        return False
+        if machine.at_end and machine.state not in self._told_at_end:
+            self._told_at_end.add(machine.state)
+            log.error("%s: %s", self.uuid, machine.at_end)
+        return not machine.owes_guest
 
     def not_ready(self) -> str:
         """Why its guest, which ought to be protected, could not be activated at this moment; "": it could."""

@@ -15,10 +15,10 @@ from checkpointd.hypervisor.port import PAGE_SIZE
 from checkpointd.native import DIGEST_SIZE, DigestKey
 
 from . import remainder
-from .events import CommitDone, CommitFailed, GuestStarted, StartFailed
 from .remainder import Remainder
 from .replica import ImageFiles, NoRoomError, Replica
 from .restorers import NothingWholeError
+from .standby.events import CommitDone, CommitFailed, GuestStarted, StartFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ from checkpointd.secondary.activations import Phase
 from checkpointd.secondary.replica import State
 
 from .xl_feed import APPLY_RATE, MOST_ROUNDS, Feed
-from .xl_leftover import IncomingNotes, Leftover, make_way
+from .xl_leftover import Claim, IncomingNotes, Leftover
 from .xl_process import LAST_WORDS, Limits, XlReceive
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ AFTER_DESTROY = 1.0
 
 
 def longest_begin(limits: Limits) -> float:
-    """s; from nothing, or from a domain that is in the way, to one that takes pages."""
-    return limits.destroy + AFTER_DESTROY + limits.banner + limits.domain
+    """s; from nothing, or from an earlier process's xl and domain in the way, to one that takes pages."""
+    return limits.kill + limits.destroy + AFTER_DESTROY + limits.banner + limits.domain
 
 
 def longest_feed(limits: Limits, octets: int, rounds: int) -> float:
@@ -199,7 +199,7 @@ class XlRestorer:
         self.alarm = ""
         return Feed(
             lambda stop: XlReceive(self._domains, uuid, interrupt=stop, limits=self._limits),
-            lambda: make_way(self._domains, self._notes, uuid, self._limits),
+            Claim(self._domains, self._notes, uuid, self._limits),
             self._info,
             self._static,
             replica,

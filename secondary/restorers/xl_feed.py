@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from checkpointd.secondary.replica import Replica
     from checkpointd.stream.records import Octets
 
+    from .xl_leftover import Claim
+
 log = logging.getLogger(__name__)
 
 CHUNK_PAGES = 256  # one record: 1 MiB of pages, which is all the memory that a feed takes here
@@ -49,21 +51,19 @@ class Feed:
     def __init__(
         self,
         make_receive: Callable[[int], XlReceive],
-        clear: Callable[[], None],
+        claim: Claim,
         info: DomainInfo,
         static_records: bytes,
         replica: Replica,
         limits: Limits,
     ) -> None:
-        """`make_receive` gets the descriptor that will interrupt it; `clear` makes way for a domain of this
-        UUID, or raises HypervisorError.
-        """
+        """`make_receive` gets the descriptor that will interrupt it."""
         self.epoch: int | None = None  # the last one that was sealed
         self.applied: int | None = None  # the last one that xl has applied
         self.sent = 0  # octets of pages, in all
         # Why it has ended; read after the thread.
         self.error: CheckpointdError | OSError | None = None
-        self._clear = clear
+        self._claim = claim
         self._info = info
         self._static = static_records
         self._replica = replica
@@ -128,7 +128,7 @@ class Feed:
     def _run(self) -> None:
         """What takes the toolstack its time is done here, so that no commit waits for it."""
         try:
-            self._clear()
+            self._claim.make_way()
             self._feed()
         except InterruptedFeedError:
             pass
@@ -144,6 +144,7 @@ class Feed:
             behind = native.Bitmap.from_bytes(self._replica.nr_pfns, bytes(self._replica.populated))
             self._replica.changed = native.Bitmap(self._replica.nr_pfns)
         self.receive.start()
+        self._claim.started(self.receive.identity)
         stream = RemusStream(self._parts.append)
         stream.begin(with_room(str(self._info.config["xl"]), behind.count()), self._static)
         self._flush()

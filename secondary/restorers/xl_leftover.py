@@ -24,7 +24,7 @@ from checkpointd.errors import HypervisorError
 from checkpointd.secondary.activations import Phase, lost
 
 from . import NothingWholeError
-from .xl_process import INCOMING
+from .xl_process import INCOMING, hangs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,11 +43,13 @@ class IncomingNotes:
         """`directory` does not outlive the host's boot."""
         self._directory = directory
 
-    def write(self, uuid: str) -> None:
+    def write(self, uuid: str, builder: HostIdentity | None = None) -> None:
+        """`builder`: the xl that takes it in, once it was started."""
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._path(uuid)
         temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps({"uuid": uuid, **asdict(identify())}), encoding="ascii")
+        note = {"uuid": uuid, "by": asdict(identify()), "builder": builder and asdict(builder)}
+        temporary.write_text(json.dumps(note), encoding="ascii")
         temporary.replace(path)
 
     def remove(self, uuid: str) -> None:
@@ -55,35 +57,87 @@ class IncomingNotes:
 
     def was_ours(self, uuid: str) -> bool:
         """Whether a note says so, of this boot, by this process or one that is gone."""
+        return self._load(uuid) is not None
+
+    def builder(self, uuid: str) -> HostIdentity | None:
+        """The xl of such a note; it may be gone as well."""
+        note = self._load(uuid)
+        return note[1] if note else None
+
+    def _load(self, uuid: str) -> tuple[HostIdentity, HostIdentity | None] | None:
         try:
             note = json.loads(self._path(uuid).read_text(encoding="ascii"))
-            by = HostIdentity(note["boot_id"], note["pid"], note["start_time"])
+            by, builder = HostIdentity(**note["by"]), note["builder"]
+            found = by, HostIdentity(**builder) if builder else None
         except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return by.boot_id == boot_id() and (by == identify() or start_time(by.pid) != by.start_time)
+            return None
+        ours = by == identify() or start_time(by.pid) != by.start_time
+        return found if by.boot_id == boot_id() and ours else None
 
     def _path(self, uuid: str) -> Path:
         return self._directory / f"incoming-{uuid}.json"
 
 
-def make_way(domains: Domains, notes: IncomingNotes, uuid: str, limits: Limits) -> None:
-    """Destroy what the note and its being paused show to be no running guest, then note that the next
-    domain of this UUID is ours. Raises HypervisorError if one is here by anybody else.
+class Claim:
+    """On the UUID of one guest that is to be taken in, so that its domain is the only one here that has it."""
+
+    def __init__(self, domains: Domains, notes: IncomingNotes, uuid: str, limits: Limits) -> None:
+        self._domains = domains
+        self._notes = notes
+        self._uuid = uuid
+        self._limits = limits
+
+    def make_way(self) -> None:
+        """Before xl is started. Kill the xl that an earlier process started, which may make its domain only now;
+        destroy what the note and its being paused show to be no running guest; then note that the next one is ours.
+
+        Raises HypervisorError if one is here by anybody else.
+        """
+        if builder := self._notes.builder(self._uuid):
+            end_builder(builder, 0, self._limits)
+        found = self._domains.find(self._uuid)
+        if found is not None:
+            if not (found.paused and self._notes.was_ours(self._uuid)):
+                raise HypervisorError(
+                    f"domain {found.domid} ({found.name}) with UUID {self._uuid} lives here, and is none that was "
+                    f"being taken in: if it is not needed, `xl destroy {found.domid}`"
+                )
+            log.warning(
+                "%s: destroying domain %d (%s), left by an earlier process",
+                self._uuid,
+                found.domid,
+                found.name,
+            )
+            self._domains.destroy(found.domid, self._limits.destroy)
+        self._notes.write(self._uuid)
+
+    def started(self, builder: HostIdentity | None) -> None:
+        """Once xl runs, and before the first octet is written to it: without any it makes no domain."""
+        self._notes.write(self._uuid, builder)
+
+
+def end_builder(builder: HostIdentity, patience: float, limits: Limits) -> None:
+    """Until an xl that an earlier process started is gone; killed after `patience` seconds. Raises HypervisorError if
+    it is there yet.
     """
-    found = domains.find(uuid)
-    if found is None:
-        notes.write(uuid)
+    try:
+        descriptor = os.pidfd_open(builder.pid)
+    except ProcessLookupError:
         return
-    if not (found.paused and notes.was_ours(uuid)):
-        raise HypervisorError(
-            f"domain {found.domid} ({found.name}) with UUID {uuid} lives here, and is none that was "
-            f"being taken in: if it is not needed, `xl destroy {found.domid}`"
-        )
-    log.warning(
-        "%s: destroying domain %d (%s), left by an earlier process", uuid, found.domid, found.name
-    )
-    domains.destroy(found.domid, limits.destroy)
-    notes.write(uuid)
+    try:
+        if builder.boot_id != boot_id() or start_time(builder.pid) != builder.start_time:
+            return
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        if poll.poll(patience * 1000):
+            return
+        log.error("xl (pid %d) of an earlier process is there yet: killed", builder.pid)
+        with suppress(ProcessLookupError):
+            os.killpg(builder.pid, signal.SIGKILL)  # it is the leader of its own group
+        if not poll.poll(limits.kill * 1000):
+            raise HypervisorError(hangs(builder.pid, limits))
+    finally:
+        os.close(descriptor)
 
 
 class Leftover:
@@ -113,7 +167,7 @@ class Leftover:
         """
         same_boot = left.boot_id == boot_id()
         if same_boot and left.builder is not None and left.phase is Phase.SEALED:
-            self._await_builder(left.builder)
+            end_builder(left.builder, self._limits.exit, self._limits)
         found = self._domains.find(left.uuid)
         if found is None:
             if left.phase is Phase.FINISHED or (
@@ -156,28 +210,6 @@ class Leftover:
                     f"domain {found.domid} ({found.name}) is let go by us, and paused by somebody else yet: "
                     f"`xl unpause {found.domid}`"
                 )
-
-    def _await_builder(self, builder: HostIdentity) -> None:
-        """Until xl, whose input ended with the process that fed it, has finished; one that hangs is killed."""
-        try:
-            descriptor = os.pidfd_open(builder.pid)
-        except ProcessLookupError:
-            return
-        try:
-            if start_time(builder.pid) != builder.start_time:
-                return
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            if poll.poll(self._limits.exit * 1000):
-                return
-            log.error(
-                "xl (pid %d) did not finish within %g s: killed", builder.pid, self._limits.exit
-            )
-            with suppress(ProcessLookupError):
-                os.killpg(builder.pid, signal.SIGKILL)  # it is the leader of its own group
-            poll.poll(self._limits.kill * 1000)
-        finally:
-            os.close(descriptor)
 
 
 def _is_whole(left: Activation, found: Found) -> bool:

@@ -360,22 +360,19 @@ class XlReceive:
             with contextlib.suppress(ProcessLookupError):
                 # xl may be dead and its helper not: the group is there as long as one of them.
                 os.killpg(process.pid, signal.SIGKILL)
-        hangs = ""
+        dead = True
         try:
             process.wait(self._limits.kill)
         except subprocess.TimeoutExpired:
-            hangs = (
-                f"xl (pid {process.pid}) is not dead {self._limits.kill:g} s after SIGKILL: it hangs in the kernel, "
-                "and this host may have to be started anew"
-            )
+            dead = False
         self._close_pipe(process)
         self._let_go(process)
         # Killed before hold() it may have made a domain, or not: no other can have this UUID, or
         # start() would have refused.
         if found := self._domains.find(self.uuid):
             self._domains.destroy(found.domid, self._limits.destroy)
-        if hangs:
-            raise HypervisorError(hangs)
+        if not dead:
+            raise HypervisorError(hangs(process.pid, self._limits))
 
     def _close_pipe(self, process: subprocess.Popen[bytes]) -> None:
         if self._pipe >= 0:
@@ -426,6 +423,14 @@ class XlReceive:
             self._listener.join(LAST_WORDS)
         said = "; it said: " + " | ".join(self._lines) if self._lines else ""
         return HypervisorError(f"xl, which was to take in {self.uuid}, {what}{said}")
+
+
+def hangs(pid: int, limits: Limits) -> str:
+    """For people: it was killed, and is there yet."""
+    return (
+        f"xl (pid {pid}) is not dead {limits.kill:g} s after SIGKILL: it hangs in the kernel, and this host may have "
+        "to be started anew"
+    )
 
 
 def _probe(tail: Octets) -> bytes:

@@ -39,10 +39,6 @@ from .events import (
     Tick,
 )
 from .sessions import Sessions
-from .states import RESUME_RETRY_NS as RESUME_RETRY_NS  # part of the machine, for its users
-from .states import RETRY_NS as RETRY_NS
-from .states import Policy as Policy
-from .states import State as State
 
 
 class Standby(Sessions):

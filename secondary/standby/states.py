@@ -18,7 +18,7 @@ from .events import (
 )
 
 if TYPE_CHECKING:
-    from .activations import Activation
+    from checkpointd.secondary.activations import Activation
 
 
 class State(StrEnum):
@@ -111,6 +111,30 @@ class Books:
         """
         owed = self._fenced or self.state in (State.FENCING, State.ACTIVATING)
         return owed and not self._resumed
+
+    @property
+    def at_end(self) -> str:
+        """For people, when the process is to end: what it waits for, or leaves to its next life; "": nothing."""
+        if self._resumed:
+            return (
+                "ending, and nobody runs this guest yet; the next start of this secondary goes on with it: "
+                f"{self.reason}"
+            )
+        if not self.owes_guest:
+            return ""
+        if self.state is State.FENCING:
+            why = "its old guest is being stopped"
+        elif self.state is State.ACTIVATING:
+            why = f"it is being started from epoch {self.committed}"
+        else:
+            why = (
+                f"its old guest is stopped, and epoch {self.committed} is here alone; mend this, and it is started "
+                f"within a second: {self.reason}"
+            )
+        return (
+            f"not ending yet: {why}. To give this guest up for good: `B fenced A and cannot start the guest` in "
+            "docs/operating.md"
+        )
 
     @property
     def taken_over(self) -> bool:

@@ -17,7 +17,7 @@ from proxy import Proxy
 
 from checkpointd import faults
 from checkpointd.hypervisor.embedded import toolstack
-from checkpointd.secondary.events import ProtocolFault
+from checkpointd.secondary.standby.events import ProtocolFault
 from checkpointd.wire import messages
 from checkpointd.wire.frames import Kind
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from checkpointd.secondary.detector import Detector
+from checkpointd.secondary.standby.detector import Detector
 
 MS = 1_000_000
 LIMIT, STUCK, TICK = 1000 * MS, 5000 * MS, 50 * MS

@@ -14,10 +14,10 @@ from checkpointd.native import Bitmap, DigestKey
 from checkpointd.secondary import remainder
 from checkpointd.secondary.activations import Activation, Activations, Phase
 from checkpointd.secondary.epochs import Budget, Load
-from checkpointd.secondary.events import GuestStarted, StartFailed
 from checkpointd.secondary.remainder import Remainder
 from checkpointd.secondary.replica import Replica, State
 from checkpointd.secondary.restorers import NothingWholeError
+from checkpointd.secondary.standby.events import GuestStarted, StartFailed
 from checkpointd.secondary.worker import ReplicaWorker
 
 if TYPE_CHECKING:

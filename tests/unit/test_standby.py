@@ -9,9 +9,9 @@ import pytest
 from checkpointd.authority.fence import FenceResult, HostView
 from checkpointd.authority.terms import Role, TermRecord, TermStore
 from checkpointd.hypervisor.port import EndReason
-from checkpointd.secondary import events as ev
 from checkpointd.secondary.activations import Activation, Activations, Phase
 from checkpointd.secondary.standby import RETRY_NS, Policy, Standby, State
+from checkpointd.secondary.standby import events as ev
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from checkpointd.authority.fence import FenceResult, HostView
 from checkpointd.authority.terms import Role, TermRecord
 from checkpointd.hypervisor.port import EndReason
-from checkpointd.secondary import events as ev
 from checkpointd.secondary.activations import Activation, Phase
 from checkpointd.secondary.standby import Policy, Standby, State
+from checkpointd.secondary.standby import events as ev
 
 UUID = "6f1c1bd4-6d0c-4c52-9a53-1c1f6f7d0a11"
 SECOND = 1_000_000_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from checkpointd.authority.terms import Role, TermRecord
-from checkpointd.secondary import events as ev
 from checkpointd.secondary.activations import Activation, Phase
 from checkpointd.secondary.standby import RESUME_RETRY_NS, Policy, Standby, State
+from checkpointd.secondary.standby import events as ev
 
 UUID = "6f1c1bd4-6d0c-4c52-9a53-1c1f6f7d0a11"
 SECOND = 1_000_000_000
@@ -50,6 +50,14 @@ def test_an_activation_whose_term_is_ours_is_resumed_at_once(phase: Phase) -> No
     assert standby.handle(ev.GuestStarted(4)) == [ev.ForgetActivation()]
     assert state(standby) is State.ACTIVE
     assert standby.handle(ev.Tick(100 * SECOND, 0)) == []
+
+
+def test_an_end_does_not_wait_for_what_the_next_life_finds_too_and_says_so() -> None:
+    standby = resuming()
+    assert not standby.owes_guest
+    assert "the next start of this secondary goes on with it" in standby.at_end
+    standby.handle(ev.GuestStarted(4))
+    assert standby.at_end == ""
 
 
 def test_what_cannot_be_resumed_is_told_once_and_looked_at_again() -> None:

@@ -58,6 +58,8 @@ def test_a_feed_begins_with_it() -> None:
     fed: list[bytes] = []
 
     class Receive:
+        identity = None
+
         def start(self) -> None: ...
 
         def feed(self, part: Any) -> None:
@@ -74,7 +76,8 @@ def test_a_feed_begins_with_it() -> None:
     text = config(max_memkb=4000, target_memkb=400)
     info = DomainInfo(UUID, 4, "shop", 1000, 100, "xen", HostIdentity("b", 0, 0), {"xl": text})
     receive: Any = Receive()
-    feed = Feed(lambda _: receive, lambda: None, info, STATIC, replica, Limits())
+    claim: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None)
+    feed = Feed(lambda _: receive, claim, info, STATIC, replica, Limits())
     feed._thread.join()
     feed.close()
     assert feed.error is None

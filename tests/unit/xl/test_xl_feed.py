@@ -6,7 +6,8 @@ import random
 import select
 import struct
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from xl_guest import INFO, NR_PFNS, PATIENCE, PATIENT, STATIC, Guest, Pages, tail, until
@@ -17,11 +18,15 @@ from checkpointd.stream.records import RecordType
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+CLAIM: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None)
+
 
 class Recorder:
     """In the place of an XlReceive: keeps what it is fed, applies it at each seal, and lets something happen between
     any two records.
     """
+
+    identity = None  # it is no process
 
     def __init__(self, happen: Callable[[], None]) -> None:
         self.happen = happen
@@ -78,7 +83,7 @@ def test_each_sealed_epoch_is_one_committed_epoch_though_commits_go_on(
 
     guest.run(NR_PFNS)
     recorder = Recorder(happen)
-    feed = Feed(lambda stop: recorder, lambda: None, INFO, STATIC, guest.replica, PATIENT)  # type: ignore[arg-type, return-value]  # the recorder
+    feed = Feed(lambda stop: recorder, CLAIM, INFO, STATIC, guest.replica, PATIENT)  # type: ignore[arg-type, return-value]  # the recorder
     try:
         for _ in range(4):
             feed.committed()
@@ -107,7 +112,7 @@ def test_a_guest_that_changes_faster_than_xl_takes_it_in_is_given_up(guest: Gues
     guest.run(NR_PFNS)
     recorder = Recorder(happen)
     small = replace(INFO, ram_pages=20)
-    feed = Feed(lambda stop: recorder, lambda: None, small, STATIC, guest.replica, PATIENT)  # type: ignore[arg-type, return-value]  # the recorder
+    feed = Feed(lambda stop: recorder, CLAIM, small, STATIC, guest.replica, PATIENT)  # type: ignore[arg-type, return-value]  # the recorder
     try:
         until(lambda: recorder.seals, "not fed")
         guest.run(5)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+import signal
+import subprocess
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import pytest
-from xl_guest import HASTY, INFO, STATIC, UUID, Clock, Guest, runs, same_memory, until
+from xl_guest import HASTY, INFO, PATIENCE, STATIC, UUID, Clock, Guest, runs, same_memory, until
 
 from checkpointd.authority.processes import identify
 from checkpointd.errors import HypervisorError, StateError
@@ -131,10 +133,53 @@ def test_one_that_a_living_process_takes_in_is_not_destroyed(
     guest.run()
     (xen.folder / "notes").mkdir()
     note = xen.folder / "notes" / f"incoming-{UUID}.json"
-    note.write_text(json.dumps({"uuid": UUID, **asdict(identify(os.getppid()))}))
+    note.write_text(json.dumps({"uuid": UUID, "by": asdict(identify(os.getppid())), "builder": None}))
     with pytest.raises(HypervisorError, match="lives here"):
         make().start(INFO, guest.replica, paused=False)
     assert xen.get(UUID) is not None
+
+
+def test_an_xl_that_an_earlier_life_started_is_killed_before_another_is(
+    xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
+) -> None:
+    """It may be making its domain only now, and that one would be taken for the new one's, and held in its place."""
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as orphan:
+        gone = replace(identify(), start_time=1)
+        (xen.folder / "notes").mkdir()
+        note = xen.folder / "notes" / f"incoming-{UUID}.json"
+        note.write_text(
+            json.dumps({"uuid": UUID, "by": asdict(gone), "builder": asdict(identify(orphan.pid))})
+        )
+        guest.run()
+        make().start(INFO, guest.replica, paused=False)
+        assert orphan.wait(PATIENCE) == -signal.SIGKILL
+    assert runs(xen)
+
+
+def test_a_stranger_that_has_the_pid_of_a_dead_xl_is_let_be(
+    xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
+) -> None:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
+        try:
+            was = replace(identify(stranger.pid), start_time=1)
+            guest.run()
+            restorer = make()
+            restorer._notes.write(UUID, was)
+            restorer.start(INFO, guest.replica, paused=False)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+def test_the_xl_of_a_feed_is_noted_before_it_can_make_a_domain(
+    xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
+) -> None:
+    restorer = make()
+    guest.run()
+    restorer.committed(guest.replica)
+    until(lambda: restorer.status()["applied_epoch"] == guest.epoch, "not warm")
+    assert restorer._feed is not None
+    assert restorer._notes.builder(UUID) == restorer._feed.receive.identity is not None
 
 
 # ---------------------------------------------------------------- xl dies, hangs, fails
