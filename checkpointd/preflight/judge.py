@@ -147,8 +147,8 @@ def _type(domain: DomainFacts) -> Item:
         case "pv":
             return refused(
                 "type",
-                "PV: its page tables hold machine addresses, which are not translated yet; and a Xen without shadow "
-                "paging, such as Debian's, has no dirty log for it",
+                "PV: its page tables hold machine addresses, which are not translated yet; and a Xen that is built "
+                "without shadow paging has no dirty log for it",
                 'run it as a PVH guest (type="pvh"): Linux kernels since 4.20 can',
             )
         case kind:

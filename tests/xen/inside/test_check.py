@@ -193,6 +193,10 @@ def test_a_pv_guest_is_refused_with_the_reason(tmp_path: Path) -> None:
     with running(OTHER, config, tmp_path) as domid:
         assert toolstack.configuration(domid).kind == "pv"
         code, items = check(tmp_path, domid)
-    assert (code, refused(items)) == (REFUSED, {"type", "dirty log"})
+    # Debian's Xen 4.17 was built without shadow paging once, and is built with it by now.
+    capable = xl("info", "virt_caps").split()
+    assert (code, refused(items)) == (
+        REFUSED, {"type"} if "shadow" in capable else {"type", "dirty log"},
+    )  # fmt: skip
     assert "shadow paging" in items["type"][0]["text"]
-    assert "shadow paging" in items["dirty log"][0]["text"]
+    assert "shadow" in capable or "shadow paging" in items["dirty log"][0]["text"]
