@@ -55,17 +55,25 @@ static int find_canaries(struct xen_domain *d)
     return 0;
 }
 
-/* Mark a page that this harvest found clean; if the guest writes to all of them, any. */
+/* Mark a page that this harvest found clean, or, if the guest writes to all of them, the last one. Never a pfn that has
+ * no memory, as those of a guest that has given some back: Xen marks nothing there. */
 static int send_out_canary(struct xen_domain *d)
 {
     uint64_t pfn = XEN_NO_CANARY;
 
     d->canary = XEN_NO_CANARY;
     d->requests = xen_p2m_requests(d);
-    for (uint32_t tries = 0; tries < d->nr_canaries; tries++) {
-        pfn = d->canaries[d->next_canary++ % d->nr_canaries];
-        if (!log_bit(d, pfn))
-            break;
+    for (uint32_t left = d->nr_canaries; left-- > 0 && pfn == XEN_NO_CANARY;) {
+        uint64_t next = d->canaries[d->next_canary++ % d->nr_canaries];
+        int populated;
+
+        if (log_bit(d, next) && left > 0)
+            continue;
+        populated = is_populated(d, next);
+        if (populated < 0)
+            return populated;
+        if (populated)
+            pfn = next;
     }
     if (pfn == XEN_NO_CANARY)
         return 0;
