@@ -1,10 +1,33 @@
-"""The standby's state machine: its stories, one by one."""
+"""The standby's state machine from silence to a guest that runs, and what comes in between."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+from standby_stories import (
+    DEAD,
+    ENGINE_GONE,
+    FENCED,
+    NOT_FENCED,
+    RESTART,
+    SECOND,
+    STUCK,
+    UUID,
+    activating,
+    active,
+    committed,
+    fencing,
+    final,
+    hello,
+    machine,
+    of_kind,
+    refused,
+    silence,
+    standing_by,
+    state,
+    tell,
+)  # fmt: skip
 
 from checkpointd.authority.fence import FenceResult, HostView
 from checkpointd.authority.terms import Role, TermRecord, TermStore
@@ -16,172 +39,6 @@ from checkpointd.secondary.standby import events as ev
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-UUID = "6f1c1bd4-6d0c-4c52-9a53-1c1f6f7d0a11"
-SECOND = 1_000_000_000
-RESTART = 10 * SECOND
-DEAD = HostView(False, False, "the host has exited")
-ENGINE_GONE = HostView(True, False, "no engine is attached")
-STUCK = HostView(True, True, "an engine is attached")
-FENCED = FenceResult(True, "it has exited")
-NOT_FENCED = FenceResult(False, "it does not answer")
-
-
-def machine(record: TermRecord | None = None) -> Standby:
-    return Standby(Policy(RESTART), record or TermRecord(UUID))
-
-
-def hello(session: int = 1, term: int = 1, **extra: bool) -> ev.HelloReceived:
-    fields = {"resume": False, "guest_here": False, **extra}
-    return ev.HelloReceived(session, term, **fields)
-
-
-def tell(standby: Standby, *events: ev.Event) -> list[ev.Instruction]:
-    """The instructions that the last event gave; those of Hello's term are done on the way."""
-    out: list[ev.Instruction] = []
-    for event in events:
-        out = standby.handle(event)
-        for step in out:
-            if isinstance(step, ev.StoreTerm) and step.role is Role.NONE:
-                out = [*out, *standby.handle(ev.TermStored(step.term, step.role))]
-    return out
-
-
-def state(standby: Standby) -> State:
-    """Asked anew each time; mypy would take a second `standby.state` for the first."""
-    return standby.state
-
-
-def of_kind(kind: type, out: list[ev.Instruction]) -> list[ev.Instruction]:
-    return [step for step in out if isinstance(step, kind)]
-
-
-def final(epoch: int, session: int = 1, part: int = 0) -> ev.PartWhole:
-    return ev.PartWhole(session, epoch, part, final=True)
-
-
-def committed(epoch: int, *mismatches: int) -> ev.CommitDone:
-    return ev.CommitDone(epoch, 16, mismatches, 1000)
-
-
-def standing_by(*, pending: bool = False) -> Standby:
-    """After epoch 1 was committed; with `pending`, epoch 2 is acked and not committed."""
-    standby = machine()
-    tell(standby, hello(), final(1), committed(1))
-    assert state(standby) is State.STANDBY
-    if pending:
-        tell(standby, final(2))
-    return standby
-
-
-def silence(now: int = 0) -> ev.Tick:
-    return ev.Tick(now, 2 * SECOND)
-
-
-def fencing() -> Standby:
-    standby = standing_by()
-    tell(standby, silence(), ev.ProbeDone(1, DEAD, 0))
-    assert state(standby) is State.FENCING
-    return standby
-
-
-def activating() -> Standby:
-    standby = fencing()
-    tell(standby, ev.FenceDone(2, FENCED, 0))
-    assert state(standby) is State.ACTIVATING
-    return standby
-
-
-def active() -> Standby:
-    standby = activating()
-    tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE), ev.GuestStarted(7))
-    assert state(standby) is State.ACTIVE
-    return standby
-
-
-def test_a_session_begins_with_a_stored_term_and_syncs() -> None:
-    standby = machine()
-    assert standby.handle(hello()) == [ev.StoreTerm(1, Role.NONE, 1)]
-    assert state(standby) is State.WAITING  # nothing before the term is stored
-    assert standby.handle(ev.TermStored(1, Role.NONE)) == [
-        ev.BeginSession(1),
-        ev.SendWelcome(1, 0, None),
-    ]
-    assert state(standby) is State.SYNCING
-
-
-def test_a_term_that_cannot_be_stored_is_not_welcomed() -> None:
-    standby = machine()
-    standby.handle(hello())
-    out = standby.handle(ev.TermFailed("disk full", 0))
-    assert [type(step) for step in out] == [ev.SendRefused, ev.Alarm]
-    assert state(standby) is State.WAITING
-    assert of_kind(ev.SendWelcome, tell(standby, hello()))
-
-
-def test_parts_are_acked_and_the_final_one_is_committed() -> None:
-    standby = machine()
-    tell(standby, hello())
-    assert tell(standby, ev.PartWhole(1, 1, 0, final=False)) == [ev.SendAck(1, 0, False)]
-    assert tell(standby, final(1, part=1)) == [ev.SendAck(1, 1, True), ev.Commit(1)]
-    assert state(standby) is State.SYNCING
-    assert tell(standby, committed(1)) == [ev.SendCommitted(1, 1000, 16)]
-    assert state(standby) is State.STANDBY
-    assert standby.committed == 1
-
-
-def test_a_part_of_another_session_changes_nothing() -> None:
-    standby = standing_by()
-    assert tell(standby, final(2, session=9)) == []
-    assert standby.pending == []
-
-
-def test_a_resumed_session_is_told_what_was_acked() -> None:
-    standby = standing_by(pending=True)
-    assert tell(standby, hello(resume=True)) == [ev.SendWelcome(1, 2, 1)]
-
-
-def test_a_session_that_this_life_does_not_know_has_to_begin_anew() -> None:
-    standby = machine(TermRecord(UUID, 1, Role.NONE, 50))
-    out = tell(standby, hello(resume=True))
-    assert of_kind(ev.SendWelcome, out) == [ev.SendWelcome(1, 0, None)]
-    assert not of_kind(ev.SendFullCopyWanted, out)  # the welcome says it; nothing was retired
-    assert not standby.taking
-    assert not of_kind(ev.SendAck, tell(standby, final(50)))
-    assert of_kind(ev.SendFullCopyWanted, tell(standby, ev.Queried(1)))
-    assert of_kind(ev.SendAck, tell(standby, hello(session=2), final(51, session=2)))
-
-
-def test_an_engine_that_was_replaced_is_refused() -> None:
-    standby = standing_by()
-    tell(standby, hello(session=2))
-    (refusal,) = tell(standby, hello(session=1, resume=True))
-    assert isinstance(refusal, ev.SendRefused)
-    assert refusal.code == "busy"
-
-
-def test_a_new_engine_keeps_the_replica_until_its_first_epoch_is_whole() -> None:
-    standby = standing_by()
-    tell(standby, hello(session=2), ev.PartWhole(2, 2, 0, final=False))
-    assert state(standby) is State.STANDBY
-    tell(standby, silence(), ev.ProbeDone(1, DEAD, 0), ev.FenceDone(2, FENCED, 0))
-    assert tell(standby, ev.TermStored(2, Role.SECONDARY_ACTIVE)) == [ev.StartGuest(1)]
-
-
-def test_a_guest_of_another_size_is_another_replica() -> None:
-    standby = standing_by()
-    out = tell(standby, hello(session=2, same_guest=False))
-    assert of_kind(ev.DropReplica, out)
-    assert state(standby) is State.SYNCING
-    assert of_kind(ev.SendAck, tell(standby, final(2, session=2)))
-
-
-def test_nor_is_the_first_epoch_of_another_guest_whose_commit_is_under_way() -> None:
-    standby = machine()
-    tell(standby, hello(), final(1))
-    assert of_kind(ev.DropReplica, tell(standby, hello(session=2, same_guest=False)))
-    assert tell(standby, committed(1)) == []
-    assert state(standby) is State.SYNCING
 
 
 def test_silence_alone_leads_to_activation_step_by_step() -> None:
@@ -239,16 +96,6 @@ def test_a_replica_that_fails_its_last_audit_is_not_activated() -> None:
     assert not of_kind(ev.Fence, out)
     assert state(standby) is State.RETIRED
     assert tell(standby, silence(), silence(100 * SECOND)) == []
-
-
-def test_a_failed_audit_retires_the_replica_and_wants_a_full_copy() -> None:
-    standby = standing_by(pending=True)
-    out = tell(standby, committed(2, 77, 78))
-    assert [type(step) for step in out] == [ev.DropReplica, ev.Alarm, ev.SendFullCopyWanted]
-    assert tell(standby, final(3)) == [out[2]]  # nothing of this session is acked any more
-    assert tell(standby, ev.Queried(1)) == [out[2]]  # its loss on the way does not matter
-    tell(standby, hello(session=2), final(4, session=2), committed(4))
-    assert state(standby) is State.STANDBY
 
 
 def test_a_lost_engine_is_waited_for_within_its_limit() -> None:
@@ -313,7 +160,9 @@ def test_a_failed_fence_says_why_and_is_tried_again_while_silence_lasts() -> Non
     assert tell(standby, ev.Tick(RETRY_NS, 0)) == []
     assert tell(standby, silence(RETRY_NS)) == [ev.Fence(3)]
     assert tell(standby, ev.FenceDone(3, NOT_FENCED, RETRY_NS)) == []  # the same: no second alarm
-    assert tell(standby, ev.Heard(1)) == [ev.ForgetActivation()], "it was not stopped: its note goes"
+    assert tell(standby, ev.Heard(1)) == [ev.ForgetActivation()], (
+        "it was not stopped: its note goes"
+    )
     assert state(standby) is State.STANDBY
 
 
@@ -365,11 +214,6 @@ def test_a_guest_that_is_fenced_and_runs_nowhere_is_owed_until_it_runs_here() ->
     assert not standby.owes_guest
 
 
-def refused(out: list[ev.Instruction]) -> list[str]:
-    assert not of_kind(ev.SendWelcome, out)
-    return [step.code for step in out if isinstance(step, ev.SendRefused)]
-
-
 @pytest.mark.parametrize("make", [activating, active])
 def test_once_fenced_the_old_primary_is_refused(make: Callable[[], Standby]) -> None:
     standby = make()
@@ -389,17 +233,6 @@ def test_an_active_guest_is_given_up_to_a_higher_term_only_and_only_if_it_is_not
     assert of_kind(ev.SendWelcome, out) == [ev.SendWelcome(5, 0, None)]
     assert state(standby) is State.SYNCING
     assert standby.committed is None
-
-
-def test_a_retired_replica_is_never_activated() -> None:
-    standby = standing_by(pending=True)
-    out = tell(standby, ev.RetireReceived(1, "stopped by its operator"))
-    assert [type(step) for step in out] == [ev.DropReplica, ev.SendRetired]
-    assert tell(standby, committed(2), silence(), silence(100 * SECOND)) == []
-    assert tell(standby, ev.RetireReceived(1, "again")) == [ev.SendRetired()]
-    assert of_kind(ev.SendWelcome, tell(standby, hello(resume=True)))  # to say Retire once more
-    assert tell(standby, final(3)) == []
-    assert state(standby) is State.RETIRED
 
 
 def test_a_retire_that_meets_a_fence_is_answered_only_if_nothing_was_fenced() -> None:
@@ -468,12 +301,6 @@ def test_a_higher_term_that_cannot_be_stored_puts_no_fence_off() -> None:
     assert of_kind(ev.Fence, out) == [ev.Fence(2)]
 
 
-def test_a_reboot_begins_protection_anew() -> None:
-    standby = standing_by()
-    tell(standby, ev.EndReceived(1, EndReason.REBOOT), hello(session=2), final(9, session=2))
-    assert standby.pending == [9]
-
-
 def test_an_engine_whose_host_is_lost_is_silent_from_there_on() -> None:
     standby = standing_by()
     assert tell(standby, ev.EndReceived(1, EndReason.HOST_LOST)) == []
@@ -491,28 +318,6 @@ def test_a_guest_destroyed_by_our_own_fence_has_not_ended() -> None:
     assert tell(standby, silence(RETRY_NS)) == [ev.Fence(3)]
     out = tell(standby, ev.FenceDone(3, FENCED, RETRY_NS))
     assert of_kind(ev.StoreTerm, out)
-
-
-def test_memory_that_is_short_costs_the_old_replica_and_says_so_first() -> None:
-    standby = standing_by(pending=True)
-    out = tell(standby, ev.MemoryShort(1, "full"))
-    assert [type(step) for step in out] == [ev.Alarm, ev.DropReplica]
-    assert state(standby) is State.SYNCING
-    assert tell(standby, committed(2)) == []  # of the replica that is given up
-    assert not of_kind(ev.Probe, tell(standby, silence()))
-    tell(standby, final(3), committed(3))
-    assert state(standby) is State.STANDBY
-
-
-def test_a_malformed_frame_suspends_the_session_until_its_next_hello() -> None:
-    standby = standing_by()
-    out = tell(standby, ev.ProtocolFault(1, "length is 5"))
-    assert [type(step) for step in out] == [ev.SuspendSession, ev.Alarm]
-    assert tell(standby, ev.ProtocolFault(1, "length is 5")) == []
-    assert tell(standby, final(2)) == []
-    assert standby.committed == 1
-    tell(standby, hello(resume=True))
-    assert of_kind(ev.SendAck, tell(standby, final(2)))
 
 
 def test_a_restarted_secondary_knows_what_it_took_over() -> None:
