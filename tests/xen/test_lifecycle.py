@@ -56,7 +56,6 @@ def test_a_reboot_is_followed_to_the_new_domid(rig: Rig) -> None:
     assert primary.alive(), primary.said()
     again = rig.living(rig.a, IDLE, living.console)
     assert again.uuid == living.uuid
-    # Where its status is does not change: the port is of the domid it began with.
     document = rig.protected(again, primary, limit=FOLLOWED)
     assert document["domid"] == again.domid
     rig.runs_on_a(again)
