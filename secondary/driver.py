@@ -1,4 +1,4 @@
-"""One domain's standby at work: performs what standby.py decides, and reports what came of it.
+"""One domain's standby at work: performs what the machine in standby/ decides, and reports what came of it.
 
 Everything here runs on the acceptor's thread, except what is handed to two threads of the domain's own: the
 *replica* thread (admit, commit, digests, keep, start) and the *authority* thread (probe, fence,

@@ -30,14 +30,11 @@ if TYPE_CHECKING:
 
 OUTPUT_KEPT: Final = 1024  # octets: the last lines of what it said, for a person
 READ: Final = 64 << 10  # octets at a time: all that a pipe holds
-# setpriv(1), of util-linux: the command dies with us. By the next life its machine may be back and trusted.
-LEASH: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class CommandFence:
     """Fenced is only an exit code of 0 within the time. After anything else whatever the command has started is
-    killed: it must not switch a machine off that was found alive meanwhile. If the thread that called fence() dies, as
-    with its process, so does the command; what that has started itself may end its work.
+    killed: it must not switch a machine off that was found alive meanwhile.
     """
 
     def __init__(self, command: Sequence[str], info: DomainInfo, address: str) -> None:
@@ -61,7 +58,7 @@ class CommandFence:
         name = self._command[0]
         try:
             process = subprocess.Popen(
-                [*LEASH, *self._command],
+                self._command,
                 env={**os.environ, **self._environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -69,9 +66,7 @@ class CommandFence:
                 start_new_session=True,  # a group of its own, to be killed whole
             )
         except OSError as error:
-            return FenceResult(
-                False, f"--fence-command: {LEASH[0]} (util-linux) cannot be run: {error.strerror}"
-            )
+            return FenceResult(False, f"--fence-command: {name} cannot be run: {error.strerror}")
         said = b""
         code: int | None = None
         try:

@@ -182,7 +182,7 @@ class XlRestorer:
         uuid = feed.receive.uuid
         try:
             feed.receive.abort()
-            if self._domains.find(uuid) is None:
+            if feed.claimed and self._domains.find(uuid) is None:
                 self._notes.remove(uuid)
         except (CheckpointdError, OSError) as error:
             self._alarm(f"an incoming domain is left behind: {error}")

@@ -81,6 +81,11 @@ class Feed:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def claimed(self) -> bool:
+        """Nothing of another's was in the way."""
+        return self._claim.made
+
     def committed(self) -> None:
         """There is a new epoch."""
         os.eventfd_write(self._wake, 1)

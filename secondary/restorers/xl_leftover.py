@@ -86,6 +86,7 @@ class Claim:
         self._notes = notes
         self._uuid = uuid
         self._limits = limits
+        self.made = False  # the note is of a domain that is ours to make
 
     def make_way(self) -> None:
         """Before xl is started. Kill the xl that an earlier process started, which may make its domain only now;
@@ -93,15 +94,11 @@ class Claim:
 
         Raises HypervisorError if one is here by anybody else.
         """
+        found = self._checked()
         if builder := self._notes.builder(self._uuid):
             end_builder(builder, 0, self._limits)
-        found = self._domains.find(self._uuid)
+            found = self._checked()
         if found is not None:
-            if not (found.paused and self._notes.was_ours(self._uuid)):
-                raise HypervisorError(
-                    f"domain {found.domid} ({found.name}) with UUID {self._uuid} lives here, and is none that was "
-                    f"being taken in: if it is not needed, `xl destroy {found.domid}`"
-                )
             log.warning(
                 "%s: destroying domain %d (%s), left by an earlier process",
                 self._uuid,
@@ -110,6 +107,16 @@ class Claim:
             )
             self._domains.destroy(found.domid, self._limits.destroy)
         self._notes.write(self._uuid)
+        self.made = True
+
+    def _checked(self) -> Found | None:
+        found = self._domains.find(self._uuid)
+        if found is None or (found.paused and self._notes.was_ours(self._uuid)):
+            return found
+        raise HypervisorError(
+            f"domain {found.domid} ({found.name}) with UUID {self._uuid} lives here, and is none that was "
+            f"being taken in: if it is not needed, `xl destroy {found.domid}`"
+        )
 
     def started(self, builder: HostIdentity | None) -> None:
         """Once xl runs, and before the first octet is written to it: without any it makes no domain."""
@@ -166,8 +173,11 @@ class Leftover:
         again.
         """
         same_boot = left.boot_id == boot_id()
-        if same_boot and left.builder is not None and left.phase is Phase.SEALED:
-            end_builder(left.builder, self._limits.exit, self._limits)
+        if same_boot and left.phase is not Phase.FINISHED:
+            # Whatever phase the note is late by: what xl has not made by its end, it does not make any more.
+            for builder in {left.builder, self._notes.builder(left.uuid)}:
+                if builder is not None:
+                    self._end(builder)
         found = self._domains.find(left.uuid)
         if found is None:
             if left.phase is Phase.FINISHED or (
@@ -176,6 +186,7 @@ class Leftover:
                 raise HypervisorError(_was_let_go(left, self._activations.path(left.uuid)))
             raise NothingWholeError(lost(left))
         if not found.paused:
+            self._notes.remove(left.uuid)
             log.info("%s: runs here as domain %d", left.uuid, found.domid)
             return found.domid
         if not (same_boot and _is_whole(left, found)):
@@ -183,6 +194,12 @@ class Leftover:
         if not (left.paused and left.phase is Phase.FINISHED):
             self._let_go(left, found)
         return found.domid
+
+    def _end(self, builder: HostIdentity) -> None:
+        try:
+            end_builder(builder, self._limits.exit, self._limits)
+        except HypervisorError as error:
+            log.error("%s", error)  # a dead xl that hangs in the kernel changes nothing more
 
     def _let_go(self, left: Activation, found: Found) -> None:
         log.warning(

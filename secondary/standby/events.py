@@ -1,4 +1,4 @@
-"""What happens to a standby (events) and what it is told to do (instructions). See standby.py."""
+"""What happens to a standby (events) and what it is told to do (instructions). See standby/machine.py."""
 
 from __future__ import annotations
 

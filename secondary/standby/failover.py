@@ -1,4 +1,4 @@
-"""From silence to a guest that runs here: probe, fence, term, start. See standby.py. Pure."""
+"""From silence to a guest that runs here: probe, fence, term, start. See standby/machine.py. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a primary says, and its epochs: taken, acked, committed, or refused. See standby.py. Pure."""
+"""What a primary says, and its epochs: taken, acked, committed, or refused. See standby/machine.py. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one domain's standby knows, and the steps that all of its parts take. See standby.py."""
+"""What one domain's standby knows, and the steps that all of its parts take. See standby/machine.py."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Books:
         """For people, when the process is to end: what it waits for, or leaves to its next life; "": nothing."""
         if self._resumed:
             return (
-                "ending, and nobody runs this guest yet; the next start of this secondary goes on with it: "
+                "not waited for, though nobody runs this guest yet; the next start of this secondary goes on with it: "
                 f"{self.reason}"
             )
         if not self.owes_guest:

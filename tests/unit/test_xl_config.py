@@ -76,7 +76,7 @@ def test_a_feed_begins_with_it() -> None:
     text = config(max_memkb=4000, target_memkb=400)
     info = DomainInfo(UUID, 4, "shop", 1000, 100, "xen", HostIdentity("b", 0, 0), {"xl": text})
     receive: Any = Receive()
-    claim: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None)
+    claim: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None, made=True)
     feed = Feed(lambda _: receive, claim, info, STATIC, replica, Limits())
     feed._thread.join()
     feed.close()

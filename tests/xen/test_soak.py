@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from lab.guests import Guest
 from report import commit, machine, write_section
+from xen_rig import PROTECT_LIMIT, STATUS_EVERY
 
 if TYPE_CHECKING:
     from lab.daemons import Daemon
@@ -56,7 +57,11 @@ class Process:
 
 
 def processes(rig: Rig, living: Living, primary: Daemon, secondary: Daemon) -> dict[str, Process]:
-    """By what they are called in the report. Once protection is there: the replica is warm, too."""
+    """By what they are called in the report, once xl has taken in an epoch, too."""
+    deadline = time.monotonic() + PROTECT_LIMIT
+    while rig.domain(rig.b, "secondary")["warm"]["applied_epoch"] is None:
+        assert time.monotonic() < deadline, "xl has taken in nothing"
+        time.sleep(STATUS_EVERY)
     note = json.loads(rig.a.ssh(f"cat /run/checkpointd/xen/{living.domid}.json").out)
     xl = int(rig.b.ssh("pgrep -o -f '^xl migrate-receive'").out)
     helper = int(rig.b.ssh("pgrep -f '[l]ibxl-save-helper'").out)
@@ -114,7 +119,9 @@ def report(samples: dict[str, list[Vitals]], epochs: int, ticks: int) -> str:
         f"{epochs} epochs, {ticks} ticks of the guest, each with all of its memory checked.",
         f"Medians after a warm-up of {WARM_UP:.0%}, and their growth from the first half of the rest to the second.",
         "",
-        "| process | " + " | ".join(field.name.replace("_", " ") for field in fields(Vitals)) + " |",
+        "| process | "
+        + " | ".join(field.name.replace("_", " ") for field in fields(Vitals))
+        + " |",
         "|---|" + "---:|" * len(fields(Vitals)),
     ]
     for name, taken in samples.items():

@@ -18,7 +18,7 @@ from checkpointd.stream.records import RecordType
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CLAIM: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None)
+CLAIM: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None, made=True)
 
 
 class Recorder:

@@ -184,8 +184,11 @@ static void *work(void *argument) {
             size_t at_once = SWEEP_AT_ONCE + (spin ? 0 : 2 * w->pages * gap / SECOND);
             if (at_once > w->pages / 4 + SWEEP_AT_ONCE)
                 at_once = w->pages / 4 + SWEEP_AT_ONCE;
-            for (size_t n = 0; n < at_once && swept < w->pages; n++)
+            for (size_t n = 0; n < at_once && swept < w->pages; n++) {
                 check_page(w, swept++, true);
+                if (spin)
+                    busy += look(w, &t, 0);
+            }
             if (swept == w->pages) {
                 swept = 0;
                 sweep_at = t + SECOND;

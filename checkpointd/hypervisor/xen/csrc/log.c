@@ -17,6 +17,7 @@
 /* Canaries live on pages that had memory at the start, one of each MiB, so that whatever the guest keeps writing to,
  * one is found that it has not written to lately. */
 #define CANARY_STRIDE 256u
+#define CANARY_LOOKS 16u /* that Xen is asked for in one harvest, at most: each is a call of its own */
 #define BATCH 1024u /* types() takes no more */
 
 
@@ -55,28 +56,29 @@ static int find_canaries(struct xen_domain *d)
     return 0;
 }
 
-/* Mark a page that this harvest found clean, or, if the guest writes to all of them, the last one. Never a pfn that has
- * no memory, as those of a guest that has given some back: Xen marks nothing there. */
+/* Mark a page that this harvest found clean, or, if the guest writes to all of them, the last. Never a pfn that has no
+ * memory, as those of a guest that has given some back: Xen marks nothing there. */
 static int send_out_canary(struct xen_domain *d)
 {
-    uint64_t pfn = XEN_NO_CANARY;
+    uint64_t pfn = XEN_NO_CANARY, dirty = XEN_NO_CANARY;
+    uint32_t looks = 0;
 
     d->canary = XEN_NO_CANARY;
     d->requests = xen_p2m_requests(d);
-    for (uint32_t left = d->nr_canaries; left-- > 0 && pfn == XEN_NO_CANARY;) {
+    for (uint32_t i = 0; i < d->nr_canaries && looks < CANARY_LOOKS && pfn == XEN_NO_CANARY; i++) {
         uint64_t next = d->canaries[d->next_canary++ % d->nr_canaries];
-        int populated;
 
-        if (log_bit(d, next) && left > 0)
-            continue;
-        populated = is_populated(d, next);
-        if (populated < 0)
-            return populated;
-        if (populated)
+        if (log_bit(d, next))
+            dirty = next;
+        else if (looks++, is_populated(d, next) == 1)
             pfn = next;
     }
-    if (pfn == XEN_NO_CANARY)
+    if (pfn == XEN_NO_CANARY && dirty != XEN_NO_CANARY && is_populated(d, dirty) == 1)
+        pfn = dirty;
+    if (pfn == XEN_NO_CANARY) {
+        d->next_canary++; /* the next harvest begins, and ends, with another one */
         return 0;
+    }
     if (d->libs->xendevicemodel_modified_memory(d->libs->devices, (uint16_t)d->domid, pfn, 1) < 0)
         return -errno;
     d->canary = pfn;
