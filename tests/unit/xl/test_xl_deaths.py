@@ -197,6 +197,17 @@ def test_an_xl_that_hangs_after_our_death_is_killed_and_its_domain_not_trusted(
         identify(builder.pid)
 
 
+def test_an_xl_that_was_still_fed_makes_no_domain_beside_a_guest_that_is_started_anew(
+    xen: FakeDomains, make: Callable[..., XlRestorer]
+) -> None:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as builder:
+        restorer = make(HASTY)
+        restorer._notes.write(UUID, identify(builder.pid))
+        with pytest.raises(HypervisorError, match="nobody runs guest"):
+            restorer.resume(fenced(EPOCH))
+        assert builder.wait(60) == -signal.SIGKILL
+
+
 def test_a_domain_that_is_gone_is_told_with_what_to_do(
     xen: FakeDomains, make: Callable[..., XlRestorer]
 ) -> None:

@@ -171,6 +171,24 @@ def test_a_stranger_that_has_the_pid_of_a_dead_xl_is_let_be(
             stranger.kill()
 
 
+def test_the_xl_that_finishes_a_guest_which_runs_is_let_be(
+    xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
+) -> None:
+    """Somebody has unpaused it meanwhile: it is refused, and nothing is done to it."""
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as builder:
+        try:
+            guest.run()
+            restorer = make()
+            restorer._notes.write(UUID, identify(builder.pid))
+            xen.put(UUID, domid=3, name="guest", pauses=0)
+            with pytest.raises(HypervisorError, match="lives here"):
+                restorer.start(INFO, guest.replica, paused=False)
+            assert builder.poll() is None
+            assert restorer._notes.builder(UUID) == identify(builder.pid)
+        finally:
+            builder.kill()
+
+
 def test_the_xl_of_a_feed_is_noted_before_it_can_make_a_domain(
     xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
 ) -> None:
