@@ -12,14 +12,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import signal
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from checkpointd import faults
-from checkpointd.authority.processes import HostIdentity, boot_id, identify, start_time
+from checkpointd.authority.processes import (
+    HostIdentity,
+    ProcessWatch,
+    boot_id,
+    identify,
+    start_time,
+)
 from checkpointd.errors import HypervisorError
 from checkpointd.secondary.activations import Phase, lost
 
@@ -127,24 +132,17 @@ def end_builder(builder: HostIdentity, patience: float, limits: Limits) -> None:
     """Until an xl that an earlier process started is gone; killed after `patience` seconds. Raises HypervisorError if
     it is there yet.
     """
+    watch = ProcessWatch(builder)
     try:
-        descriptor = os.pidfd_open(builder.pid)
-    except ProcessLookupError:
-        return
-    try:
-        if builder.boot_id != boot_id() or start_time(builder.pid) != builder.start_time:
-            return
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        if poll.poll(patience * 1000):
+        if watch.gone(patience) is not False:  # None: of another boot, which it did not outlive
             return
         log.error("xl (pid %d) of an earlier process is there yet: killed", builder.pid)
         with suppress(ProcessLookupError):
             os.killpg(builder.pid, signal.SIGKILL)  # it is the leader of its own group
-        if not poll.poll(limits.kill * 1000):
+        if not watch.gone(limits.kill):
             raise HypervisorError(hangs(builder.pid, limits))
     finally:
-        os.close(descriptor)
+        watch.close()
 
 
 class Leftover:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).parents[2] / "checkpointd"
 CSRC = _PACKAGE / "csrc"
 XEN = _PACKAGE / "hypervisor" / "xen" / "csrc"
+# struct ck_hypervisor, as cffi takes it.
+TABLE: str = runpy.run_path(str(CSRC / "declared.py"))["struct"]("ck_hypervisor", CSRC / "hypervisor.h")
 FLAGS = [
     "-shared",
     "-fPIC",

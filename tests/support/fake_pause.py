@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from typing import Any
 
 from fake_hypervisor import SECOND
-from fake_library import CSRC
+from fake_library import TABLE
 from fake_xen import NODE, adapter, compile_fake_xen
 
-declared = runpy.run_path(str(CSRC / "declared.py"))
 PEEK, CLEAN, FINAL = 0, 1, 2  # CK_HARVEST_*
 
 
@@ -20,7 +18,7 @@ def compile_fake_pause(directory: Path) -> Any:
     return compile_fake_xen(
         directory / "fake_pause.so",
         [Path(__file__).with_suffix(".c"), *sources],
-        declared["struct"]("ck_hypervisor", CSRC / "hypervisor.h")
+        TABLE
         + """
         struct xen_signs { uint64_t thefts; bool suspended, late, foreign; };
         void xen_domain_signs(const void *domain, struct xen_signs *signs);

@@ -10,7 +10,8 @@ import struct
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from fake_xl import FakeDomains
 
@@ -45,6 +46,8 @@ INFO = DomainInfo(
     HostIdentity("boot", 0, 0),
     {"xl": CONFIG, "type": "pvh"},
 )
+# In the place of a Claim: nothing is in the way.
+CLAIM: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None, made=True)
 # Where nothing is to hang, no limit is to matter; where something is, none is to be waited for long.
 PATIENT = Limits(20.0, 20.0, 20.0, 20.0, 20.0)
 HASTY = Limits(banner=2.0, domain=0.5, stall=0.5, exit=0.5, destroy=1.0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cffi import FFI
 from fake_hypervisor import XTAB
+from fake_library import TABLE
 from fake_p2m import IN, LEAVE, OUT, OUT_IN, XenGuest, compile_fake_p2m
 from fake_xen import MAP, TYPES
 
@@ -211,17 +212,7 @@ def test_types_of_holes_and_pages_in_any_order(make: Callable[..., XenGuest]) ->
 def _function(guest: XenGuest, name: str) -> Callable[..., int]:
     """A function of the adapter's table."""
     ffi = FFI()
-    ffi.cdef(
-        """
-        struct ck_hypervisor {
-            uint32_t abi, size; void *domain; void *suspend, *resume, *harvest;
-            int64_t (*p2m_changes)(void *domain, uint64_t *bitmap, uint64_t nr_pfns);
-            int (*types)(void *domain, uint64_t *pfns, uint32_t count);
-            int (*map)(void *domain, uint64_t first_pfn, uint32_t count, void **base);
-            int (*unmap)(void *domain, void *base, uint32_t count);
-        };
-        """
-    )
+    ffi.cdef(TABLE)
     table: Any = ffi.cast("struct ck_hypervisor *", guest.table)
 
     def call(*arguments: Any) -> int:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from xl_guest import CLAIM
 
 from checkpointd.hypervisor.port import DomainInfo, HostIdentity
 from checkpointd.native import Bitmap
@@ -76,8 +77,7 @@ def test_a_feed_begins_with_it() -> None:
     text = config(max_memkb=4000, target_memkb=400)
     info = DomainInfo(UUID, 4, "shop", 1000, 100, "xen", HostIdentity("b", 0, 0), {"xl": text})
     receive: Any = Receive()
-    claim: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None, made=True)
-    feed = Feed(lambda _: receive, claim, info, STATIC, replica, Limits())
+    feed = Feed(lambda _: receive, CLAIM, info, STATIC, replica, Limits())
     feed._thread.join()
     feed.close()
     assert feed.error is None

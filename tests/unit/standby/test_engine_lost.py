@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from standby_stories import RESTART, SECOND, UUID, silence, state
 
 from checkpointd.authority.fence import FenceResult, HostView
 from checkpointd.authority.terms import Role, TermRecord
@@ -10,9 +11,6 @@ from checkpointd.hypervisor.port import EndReason
 from checkpointd.secondary.standby import RETRY_NS, Policy, Standby, State
 from checkpointd.secondary.standby import events as ev
 
-UUID = "6f1c1bd4-6d0c-4c52-9a53-1c1f6f7d0a11"
-SECOND = 1_000_000_000
-RESTART = 10 * SECOND
 UNSEEN = HostView(None, None, "it cannot be looked at")
 FENCED = FenceResult(True, "it is off")
 NOT_FENCED = FenceResult(False, "no answer")
@@ -28,21 +26,12 @@ def quiet(now: int) -> ev.Tick:
     return ev.Tick(now, 0)
 
 
-def silence(now: int) -> ev.Tick:
-    return ev.Tick(now, 2 * SECOND)
-
-
 def tell(standby: Standby, *events: ev.Event) -> list[ev.Instruction]:
     """The instructions that the last event gave."""
     out: list[ev.Instruction] = []
     for event in events:
         out = standby.handle(event)
     return out
-
-
-def state(standby: Standby) -> State:
-    """Asked anew each time; mypy would take a second `standby.state` for the first."""
-    return standby.state
 
 
 def syncing() -> Standby:

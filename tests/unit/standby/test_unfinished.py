@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from standby_stories import SECOND, UUID, state
 
 from checkpointd.authority.terms import Role, TermRecord
 from checkpointd.secondary.activations import Activation, Phase
 from checkpointd.secondary.standby import RESUME_RETRY_NS, Policy, Standby, State
 from checkpointd.secondary.standby import events as ev
 
-UUID = "6f1c1bd4-6d0c-4c52-9a53-1c1f6f7d0a11"
-SECOND = 1_000_000_000
 OURS = TermRecord(UUID, 2, Role.SECONDARY_ACTIVE, 9)
 BEFORE = TermRecord(UUID, 1, Role.NONE, 9)
 
@@ -25,11 +24,6 @@ def life(record: TermRecord, left: Activation) -> Standby:
 
 def hello(term: int, *, guest_here: bool = False) -> ev.HelloReceived:
     return ev.HelloReceived(5, term, False, guest_here)
-
-
-def state(standby: Standby) -> State:
-    """Asked anew each time; mypy would take a second `standby.state` for the first."""
-    return standby.state
 
 
 def resuming(phase: Phase = Phase.SEALED) -> Standby:

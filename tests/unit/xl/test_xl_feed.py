@@ -6,11 +6,10 @@ import random
 import select
 import struct
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from xl_guest import INFO, NR_PFNS, PATIENCE, PATIENT, STATIC, Guest, Pages, tail, until
+from xl_guest import CLAIM, INFO, NR_PFNS, PATIENCE, PATIENT, STATIC, Guest, Pages, tail, until
 
 from checkpointd.secondary.restorers.xl_feed import Feed
 from checkpointd.stream.records import RecordType
@@ -18,7 +17,6 @@ from checkpointd.stream.records import RecordType
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CLAIM: Any = SimpleNamespace(make_way=lambda: None, started=lambda builder: None, made=True)
 
 
 class Recorder:
