@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -31,10 +32,21 @@ if TYPE_CHECKING:
 OUTPUT_KEPT: Final = 1024  # octets: the last lines of what it said, for a person
 READ: Final = 64 << 10  # octets at a time: all that a pipe holds
 
+# Becomes the command, after it has left behind, as nobody's child, one that waits for a line on standard input: if the
+# end of the file comes in its place, then this daemon is dead, and the command must not switch off a machine that the
+# next daemon may have accepted again. Group 0 is the command's own.
+LEASH: Final = """
+exec 3<&0 </dev/null
+( { read -r line <&3 || kill -KILL 0; } >/dev/null 2>&1 & )
+exec 3<&-
+exec "$@"
+"""
+UNLEASH: Final = b"\n"
+
 
 class CommandFence:
     """Fenced is only an exit code of 0 within the time. After anything else whatever the command has started is
-    killed: it must not switch a machine off that was found alive meanwhile.
+    killed: it must not switch a machine off that was found alive meanwhile. So it is if this process dies.
     """
 
     def __init__(self, command: Sequence[str], info: DomainInfo, address: str) -> None:
@@ -56,24 +68,24 @@ class CommandFence:
 
     def fence(self, timeout: float) -> FenceResult:
         name = self._command[0]
-        try:
-            process = subprocess.Popen(
-                self._command,
-                env={**os.environ, **self._environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group of its own, to be killed whole
+        if shutil.which(name) is None:
+            return FenceResult(
+                False, f"--fence-command: {name} cannot be run: no such command, or not executable"
             )
-        except OSError as error:
-            return FenceResult(False, f"--fence-command: {name} cannot be run: {error.strerror}")
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", LEASH, "sh", *self._command],
+            env={**os.environ, **self._environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, to be killed whole
+        )
         said = b""
         code: int | None = None
         try:
             said, code = _watch(process, timeout)
         finally:
-            if code != 0:
-                _kill_group(process)
+            _let_go(process) if code == 0 else _kill_group(process)
         tail = " | ".join(said.decode("utf-8", "replace").split("\n")).strip(" |")
         tail = f": {tail}" if tail else ""
         if code == 0:
@@ -121,7 +133,16 @@ def _read(output: int) -> bytes:
         return b""
 
 
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """What it has left in the background lives on."""
+    assert process.stdin is not None, "it is a pipe"
+    with contextlib.suppress(BrokenPipeError), process.stdin as leash:
+        leash.write(UNLEASH)
+
+
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None, "it is a pipe"
     with contextlib.suppress(ProcessLookupError):  # all of it has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    process.stdin.close()

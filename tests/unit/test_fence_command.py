@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -12,6 +15,7 @@ import pytest
 from processes import state_of, until
 
 from checkpointd.authority.command import CommandFence
+from checkpointd.authority.processes import ProcessWatch, identify
 from checkpointd.daemon.settings import command
 from checkpointd.daemon.units import BadValueError
 from checkpointd.hypervisor.port import DomainInfo, HostIdentity
@@ -104,6 +108,43 @@ def test_one_that_takes_too_long_is_killed_with_all_it_started(tmp_path: Path) -
     assert "did not end within" in result.detail
     child = int(note.read_text(encoding="ascii"))
     until(lambda: state_of(child) in ("", "Z"), "end of what the command had started")
+
+
+DAEMON = f"""
+import sys
+from checkpointd.authority.command import CommandFence
+from checkpointd.hypervisor.port import DomainInfo, HostIdentity
+info = DomainInfo("12345678-1234-4234-8234-123456789abc", 4, "web", 9, 9, "xen", HostIdentity("b0", 0, 0))
+CommandFence(sys.argv[1:], info, "192.0.2.7").fence({LIMIT})
+"""
+
+
+def test_one_whose_daemon_dies_dies_with_all_it_started(tmp_path: Path) -> None:
+    """It would switch off a machine that the next daemon has found alive."""
+    note = tmp_path / "pids"
+    script = f"sleep 600 & echo $$ $! > {shlex.quote(str(note))}; wait"
+    with subprocess.Popen([sys.executable, "-c", DAEMON, "/bin/sh", "-c", script]) as daemon:
+        until(lambda: note.exists() and note.read_text(encoding="ascii").endswith("\n"), "fence")
+        daemon.kill()
+    first, child = map(int, note.read_text(encoding="ascii").split())
+    until(lambda: state_of(first) in ("", "Z"), "end of a fence that nobody waits for")
+    until(lambda: state_of(child) in ("", "Z"), "end of what the fence had started")
+
+
+def test_what_it_leaves_in_the_background_lives_on() -> None:
+    result = shell("exec sleep 600 >&- 2>&- & echo $!").fence(LIMIT)
+    child = int(result.detail.rpartition(": ")[2])
+    assert result.fenced
+    with contextlib.closing(ProcessWatch(identify(child))) as left:
+        assert left.gone(SHORT) is False
+        os.kill(child, signal.SIGKILL)
+        assert left.gone(LIMIT)
+
+
+def test_it_has_no_children_that_it_does_not_know_of() -> None:
+    """Such as one that waits for all of its own."""
+    script = "import os\ntry: os.waitpid(-1, 0)\nexcept ChildProcessError: print('none')"
+    assert fence(sys.executable, "-c", script).fence(LIMIT).detail.endswith(": none")
 
 
 def test_a_child_in_the_background_keeps_nobody_waiting() -> None:
