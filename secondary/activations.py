@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from checkpointd.authority.durable import make_directory, put, remove
-from checkpointd.authority.processes import HostIdentity, boot_id
+from checkpointd.authority.processes import boot_id
 from checkpointd.authority.terms import Role
 from checkpointd.errors import StateError
 
@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 
 _SUFFIX = ".json"
 PROOF_KEPT = 500  # characters of it: a command may say much
-NOTE_LIMIT = 8192  # octets; a note has some 500, and at most 6 for each character of name (256) and proof
+NOTE_LIMIT = (
+    8192  # octets; a note has some 500, and at most 6 for each character of name (256) and proof
+)
 
 
 class Phase(StrEnum):
@@ -49,7 +51,6 @@ class Activation:
     boot_id: str  # of this machine: a domain does not outlive its boot
     proof: str = ""  # why the old guest counts as stopped, from FEEDING on; with --unsafe-no-fencing that it does not
     domid: int | None = None  # from SEALED on
-    builder: HostIdentity | None = None  # the process that finishes the domain, from SEALED on
     paused: bool = False  # it is to be left paused (--activate-paused); from SEALED on
 
     def is_of(self, record: TermRecord) -> bool:
@@ -165,14 +166,7 @@ class Activations:
 def _parse(data: bytes, uuid: str) -> Activation:
     """Raises ValueError, KeyError, TypeError."""
     fields = json.loads(data)
-    builder = fields["builder"]
-    found = Activation(
-        **{
-            **fields,
-            "phase": Phase(fields["phase"]),
-            "builder": HostIdentity(**builder) if builder else None,
-        }
-    )
+    found = Activation(**{**fields, "phase": Phase(fields["phase"])})
     if found.uuid != uuid:
         raise ValueError(f"it is of {found.uuid}")
     return found

@@ -127,7 +127,7 @@ class XlRestorer:
             raise StateError(
                 f"the replica is {replica.state}, not one whole epoch: it is not started"
             )
-        self._activations.advance(info.uuid, Phase.FEEDING, domid=None, builder=None)
+        self._activations.advance(info.uuid, Phase.FEEDING, domid=None)
         octets = max(info.ram_pages, replica.populated.count()) * PAGE_SIZE
         warm = self._feed
         if warm is not None:
@@ -190,7 +190,7 @@ class XlRestorer:
     def _begin_again(self) -> None:
         """Of an activation: its domain is lost."""
         if self._info is not None:
-            self._activations.advance(self._info.uuid, Phase.FEEDING, domid=None, builder=None)
+            self._activations.advance(self._info.uuid, Phase.FEEDING, domid=None)
         self.discard()
 
     def _begin_feed(self, replica: Replica) -> Feed:
@@ -209,13 +209,7 @@ class XlRestorer:
     def _finish(self, feed: Feed, info: DomainInfo, limit: float, *, paused: bool) -> DomainInfo:
         """`limit` (s): for xl to take in what it lacks."""
         feed.catch_up(limit)
-        self._activations.advance(
-            info.uuid,
-            Phase.SEALED,
-            domid=feed.receive.domid,
-            builder=feed.receive.identity,
-            paused=paused,
-        )
+        self._activations.advance(info.uuid, Phase.SEALED, domid=feed.receive.domid, paused=paused)
         faults.point("xl.sealed")
         domid = feed.finish()
         faults.point("xl.finished")

@@ -171,11 +171,10 @@ class Leftover:
         again.
         """
         same_boot = left.boot_id == boot_id()
-        if same_boot and left.phase is not Phase.FINISHED:
+        builder = self._notes.builder(left.uuid)
+        if builder and same_boot and left.phase is not Phase.FINISHED:
             # Whatever phase the note is late by: what xl has not made by its end, it does not make any more.
-            for builder in {left.builder, self._notes.builder(left.uuid)}:
-                if builder is not None:
-                    self._end(builder)
+            self._end(builder)
         found = self._domains.find(left.uuid)
         if found is None:
             if left.phase is Phase.FINISHED or (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,14 @@ def guest(xen: FakeDomains) -> Iterator[Guest]:
     yield Guest(replica)
     replica.close()
     assert budget.used == 0
+
+
+@pytest.fixture
+def old_xl() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that an earlier life may have started to take in a domain: alive, and the leader of its group."""
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from xl_guest import (
     HASTY,
     INFO,
     NR_PFNS,
+    PATIENCE,
     UUID,
     Guest,
     Pages,
@@ -188,24 +189,24 @@ def test_an_xl_that_hangs_after_our_death_is_killed_and_its_domain_not_trusted(
 ) -> None:
     xen.order("no-finish")
     die(xen, "xl.sealed")
-    builder = left(xen).builder
+    restorer = make(HASTY)
+    builder = restorer._notes.builder(UUID)
     assert builder is not None
     with pytest.raises(HypervisorError, match="part of one if its name ends in --incoming"):
-        make(HASTY).resume(left(xen))
+        restorer.resume(left(xen))
     assert domain(xen)["pauses"] == 2
     with pytest.raises(ProcessLookupError):
         identify(builder.pid)
 
 
 def test_an_xl_that_was_still_fed_makes_no_domain_beside_a_guest_that_is_started_anew(
-    xen: FakeDomains, make: Callable[..., XlRestorer]
+    make: Callable[..., XlRestorer], old_xl: subprocess.Popen[bytes]
 ) -> None:
-    with subprocess.Popen(["sleep", "600"], start_new_session=True) as builder:
-        restorer = make(HASTY)
-        restorer._notes.write(UUID, identify(builder.pid))
-        with pytest.raises(HypervisorError, match="nobody runs guest"):
-            restorer.resume(fenced(EPOCH))
-        assert builder.wait(60) == -signal.SIGKILL
+    restorer = make(HASTY)
+    restorer._notes.write(UUID, identify(old_xl.pid))
+    with pytest.raises(HypervisorError, match="nobody runs guest"):
+        restorer.resume(fenced(EPOCH))
+    assert old_xl.wait(PATIENCE) == -signal.SIGKILL
 
 
 def test_a_domain_that_is_gone_is_told_with_what_to_do(

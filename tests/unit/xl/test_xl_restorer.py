@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from checkpointd.stream.records import RecordType
 from checkpointd.stream.writer import record
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
 
     from fake_xl import FakeDomains
@@ -133,60 +133,59 @@ def test_one_that_a_living_process_takes_in_is_not_destroyed(
     guest.run()
     (xen.folder / "notes").mkdir()
     note = xen.folder / "notes" / f"incoming-{UUID}.json"
-    note.write_text(json.dumps({"uuid": UUID, "by": asdict(identify(os.getppid())), "builder": None}))
+    note.write_text(
+        json.dumps({"uuid": UUID, "by": asdict(identify(os.getppid())), "builder": None})
+    )
     with pytest.raises(HypervisorError, match="lives here"):
         make().start(INFO, guest.replica, paused=False)
     assert xen.get(UUID) is not None
 
 
 def test_an_xl_that_an_earlier_life_started_is_killed_before_another_is(
-    xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
+    xen: FakeDomains,
+    guest: Guest,
+    make: Callable[..., XlRestorer],
+    old_xl: subprocess.Popen[bytes],
 ) -> None:
     """It may be making its domain only now, and that one would be taken for the new one's, and held in its place."""
-    with subprocess.Popen(["sleep", "600"], start_new_session=True) as orphan:
-        gone = replace(identify(), start_time=1)
-        (xen.folder / "notes").mkdir()
-        note = xen.folder / "notes" / f"incoming-{UUID}.json"
-        note.write_text(
-            json.dumps({"uuid": UUID, "by": asdict(gone), "builder": asdict(identify(orphan.pid))})
-        )
-        guest.run()
-        make().start(INFO, guest.replica, paused=False)
-        assert orphan.wait(PATIENCE) == -signal.SIGKILL
+    gone = replace(identify(), start_time=1)
+    (xen.folder / "notes").mkdir()
+    note = xen.folder / "notes" / f"incoming-{UUID}.json"
+    note.write_text(
+        json.dumps({"uuid": UUID, "by": asdict(gone), "builder": asdict(identify(old_xl.pid))})
+    )
+    guest.run()
+    make().start(INFO, guest.replica, paused=False)
+    assert old_xl.wait(PATIENCE) == -signal.SIGKILL
     assert runs(xen)
 
 
 def test_a_stranger_that_has_the_pid_of_a_dead_xl_is_let_be(
-    xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
+    guest: Guest, make: Callable[..., XlRestorer], old_xl: subprocess.Popen[bytes]
 ) -> None:
-    with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
-        try:
-            was = replace(identify(stranger.pid), start_time=1)
-            guest.run()
-            restorer = make()
-            restorer._notes.write(UUID, was)
-            restorer.start(INFO, guest.replica, paused=False)
-            assert stranger.poll() is None
-        finally:
-            stranger.kill()
+    was = replace(identify(old_xl.pid), start_time=1)
+    guest.run()
+    restorer = make()
+    restorer._notes.write(UUID, was)
+    restorer.start(INFO, guest.replica, paused=False)
+    assert old_xl.poll() is None
 
 
 def test_the_xl_that_finishes_a_guest_which_runs_is_let_be(
-    xen: FakeDomains, guest: Guest, make: Callable[..., XlRestorer]
+    xen: FakeDomains,
+    guest: Guest,
+    make: Callable[..., XlRestorer],
+    old_xl: subprocess.Popen[bytes],
 ) -> None:
     """Somebody has unpaused it meanwhile: it is refused, and nothing is done to it."""
-    with subprocess.Popen(["sleep", "600"], start_new_session=True) as builder:
-        try:
-            guest.run()
-            restorer = make()
-            restorer._notes.write(UUID, identify(builder.pid))
-            xen.put(UUID, domid=3, name="guest", pauses=0)
-            with pytest.raises(HypervisorError, match="lives here"):
-                restorer.start(INFO, guest.replica, paused=False)
-            assert builder.poll() is None
-            assert restorer._notes.builder(UUID) == identify(builder.pid)
-        finally:
-            builder.kill()
+    guest.run()
+    restorer = make()
+    restorer._notes.write(UUID, identify(old_xl.pid))
+    xen.put(UUID, domid=3, name="guest", pauses=0)
+    with pytest.raises(HypervisorError, match="lives here"):
+        restorer.start(INFO, guest.replica, paused=False)
+    assert old_xl.poll() is None
+    assert restorer._notes.builder(UUID) == identify(old_xl.pid)
 
 
 def test_the_xl_of_a_feed_is_noted_before_it_can_make_a_domain(
