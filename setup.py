@@ -7,6 +7,7 @@ setup(
         "checkpointd/csrc/build_native.py:ffi",
         "checkpointd/hypervisor/embedded/csrc/build_embedded.py:ffi",
         "checkpointd/hypervisor/xen/csrc/build_xen.py:ffi",
+        "checkpointd/bench/csrc/build_bench.py:ffi",
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

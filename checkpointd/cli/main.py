@@ -32,6 +32,7 @@ COMMANDS = {
     "keys": "show, trust and forget the keys by which the two sides know each other",
     "stream": "show, verify and copy files in Xen's migration stream format",
     "demo": "protect a guest, kill its host, and prove that nothing was lost",
+    "bench": "measure what protection costs, as ratios",
 }
 
 INTERRUPTED = 128 + signal.SIGINT

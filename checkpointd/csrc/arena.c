@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "kernel.h"
+
 #define WORDS_SIZE (CK_SLOT_PAGES * sizeof(uint64_t))
 
 static uint64_t whole_pages(uint64_t octets)
@@ -58,7 +60,7 @@ void ck_arena_put(struct ck_arena *arena, uint64_t word, const uint8_t *page)
 
     /* As if the slot were to become full; seal moves the words of the one that does not. */
     memcpy(data - WORDS_SIZE + at * sizeof word, &word, sizeof word);
-    memcpy(data + at * CK_PAGE_SIZE, page, CK_PAGE_SIZE);
+    ck_kernel->copy_page(data + at * CK_PAGE_SIZE, page);
     arena->pages++;
 }
 
@@ -81,6 +83,7 @@ void ck_arena_seal(struct ck_arena *arena)
             memmove(data - words, data - WORDS_SIZE, words);
         memcpy(data - words - CK_RECORD_HEAD, head, sizeof head);
     }
+    ck_kernel->copied();
 }
 
 const uint8_t *ck_arena_record(const struct ck_arena *arena, uint64_t i, uint64_t *length)

@@ -22,6 +22,8 @@ ffi.cdef(
     struct ck_kernel {
         bool (*page_is_zero)(const uint8_t *page);
         uint64_t (*count)(const uint64_t *words, uint64_t nr_words);
+        void (*copy_page)(uint8_t *to, const uint8_t *from);
+        void (*copied)(void);
         ...;
     };
     const struct ck_kernel *ck_kernel_at(unsigned index);

@@ -1,5 +1,5 @@
 /*
- * Kernels: the three inner loops worth vector instructions, once in plain C (the reference) and
+ * Kernels: the inner loops worth vector instructions, once in plain C (the reference) and
  * once for each instruction set. All kernels give bit-identical results; self_test() and the tests
  * compare them.
  *
@@ -29,6 +29,11 @@ struct ck_kernel {
 
     /* Set bits in nr_words words. */
     uint64_t (*count)(const uint64_t *words, uint64_t nr_words);
+
+    /* One page to where this thread does not read it soon; `to` is page aligned. Others see it
+     * after the next copied(). */
+    void (*copy_page)(uint8_t *to, const uint8_t *from);
+    void (*copied)(void);
 };
 
 /* Kernel 0 is the scalar reference; NULL beyond the last. A kernel listed here may still be more

@@ -5,6 +5,7 @@ test loses memory and a wrong digest hides that.
 from __future__ import annotations
 
 import hashlib
+import mmap
 
 from checkpointd.errors import NativeError
 from checkpointd.native.digest import DIGEST_SIZE, DigestKey
@@ -30,6 +31,7 @@ def self_test() -> None:
             "the digest": digest_of_digests(index) == GOLDEN,
             "the zero test": _zero_test_is_right(index),
             "the bit count": _count_is_right(index),
+            "the copy of a page": _copy_is_right(index),
         }
         if wrong := [what for what, right in answers.items() if not right]:
             raise NativeError(
@@ -74,3 +76,18 @@ def _count_is_right(index: int) -> bool:
         kernel.count(words, nr) == int.from_bytes(octets[: 8 * nr], "little").bit_count()
         for nr in range(34)
     )
+
+
+def _copy_is_right(index: int) -> bool:
+    """Whole pages, from any address, and nothing beside them."""
+    kernel = lib.ck_kernel_at(index)
+    octets = hashlib.shake_128(b"page").digest(PAGE_SIZE + max(OFFSETS))
+    source = ffi.new("uint8_t[]", octets)
+    with mmap.mmap(-1, 3 * PAGE_SIZE) as memory, ffi.from_buffer("uint8_t[]", memory) as pages:
+        for offset in OFFSETS:
+            kernel.copy_page(pages + PAGE_SIZE, source + offset)
+            kernel.copied()
+            page = octets[offset : offset + PAGE_SIZE]
+            if memory[:] != bytes(PAGE_SIZE) + page + bytes(PAGE_SIZE):
+                return False
+    return True

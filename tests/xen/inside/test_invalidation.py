@@ -37,6 +37,9 @@ LIMIT = 300.0  # s for whatever the guest does; an emulated host may stand still
 GIVEN_BACK: Final = 1.0  # s from the last frame given back to all of them uncharged
 MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python names it from 3.12 on
 TURN = 0.05  # s between two looks of an engine, as the epoch loop takes them
+STILL = 200  # looks without a request, after which a guest has given back all that it was to
+FEW = 8  # pages: what Xen itself writes into those that it shares with a guest
+HELD = 10.0  # s; a guest that nothing stops gives all of it back in less
 
 CONFIG = f"""
 name="{NAME}"
@@ -270,25 +273,27 @@ def test_memory_taken_and_given_back_leaves_an_exact_replica(
     assert truth.wrong(engine) == []
 
 
-def out_and_in(engine: Engine) -> None:
+def out_and_in(engine: Engine, *, deaf: bool) -> None:
     """Within one epoch the guest gives frames back, and takes others for the same pfns. Nothing is harvested meanwhile;
     the engine only looks after its mappings, as the epoch loop does between two epochs.
     """
     xl("mem-set", NAME, str(LESS))
     requests: list[int] = []
 
-    def settled() -> bool:
+    def given() -> bool:
         engine.mappings.refresh()
+        if not deaf:
+            return tot_pages(engine.domid) <= LESS * MIB // PAGE + SLACK
+        # What it gives back stays charged: nothing but the end of its requests tells.
         requests.append(lib.xen_p2m_requests(engine.domain))
-        return len(requests) > 20 and requests[-1] == requests[-20] > 0
+        return len(requests) > STILL and requests[-1] == requests[-STILL] > 0
 
-    until(settled, "the guest gives memory back")
-    kept_charged = tot_pages(engine.domid) - LESS * MIB // PAGE > SLACK
+    until(given, "the guest gives memory back")
     xl("mem-set", NAME, str(MEMORY))
     # What is still mapped stays charged: unless it may have more than it had, the guest gets none back. After mem-set,
     # which sets the most that it may have, too; the guest's balloon asks again by itself.
     xl("mem-max", NAME, str(MEMORY + (MEMORY - LESS) + 8))
-    goal = (MEMORY + 16 if kept_charged else MEMORY - 1) * MIB // PAGE
+    goal = (MEMORY + 16 if deaf else MEMORY - 1) * MIB // PAGE
 
     def back() -> bool:
         engine.mappings.refresh()
@@ -304,7 +309,7 @@ def test_frames_that_change_within_an_epoch(
     """An engine that is told has no old contents; a deaf one has, or this would prove nothing."""
     engine = attach(deaf=deaf)
     engine.epoch()
-    out_and_in(engine)
+    out_and_in(engine, deaf=deaf)
     engine.epoch()
     engine.epoch(stay=True)
     assert bool(truth.wrong(engine)) == deaf
@@ -347,7 +352,7 @@ def test_holes_cost_one_listing(
         second = time.monotonic() - begin
         begin = time.monotonic()
         for _ in range(10):
-            assert engine.live_round().pages == 0
+            assert engine.live_round().pages <= FEW
         idle = (time.monotonic() - begin) / 10
     finally:
         xl("unpause", NAME)
@@ -376,16 +381,17 @@ def test_a_holder_that_dies_stops_the_guest_and_destroying_its_server_frees_it(d
     assert holder.stdout is not None
     with holder.stdout:
         server = int(holder.stdout.readline())
-        libs = open_libs()
-        assert lib.xen_ioreq_destroy(libs, domid, server) in (0, -errno.EBUSY)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
+    before = tot_pages(domid)
     xl("mem-set", NAME, str(LESS))
     goal = LESS * MIB // PAGE + SLACK
-    end = time.monotonic() + 5  # the balloon works within a second of its order
+    until(lambda: tot_pages(domid) < before, "the guest begins to give memory back")
+    end = time.monotonic() + HELD
     while time.monotonic() < end:
         assert tot_pages(domid) > goal, "the guest was not stopped: nothing to free"
         time.sleep(TURN)
+    libs = open_libs()
     assert lib.xen_ioreq_destroy(libs, domid, server) == 0
     until(lambda: tot_pages(domid) <= goal, "the guest goes on giving memory back")
     assert lib.xen_ioreq_destroy(libs, domid, server) == -errno.ENOENT

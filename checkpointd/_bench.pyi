@@ -1,0 +1,6 @@
+from typing import Any
+
+class CData: ...
+
+ffi: Any
+lib: Any
