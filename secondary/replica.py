@@ -17,7 +17,7 @@ from checkpointd import faults, native
 from checkpointd.errors import StateError
 from checkpointd.hypervisor.port import EXTENT_PAGES, PAGE_SIZE
 from checkpointd.stream.bodies import page_data_head
-from checkpointd.stream.records import TYPE_SHIFT, PageType, RecordType
+from checkpointd.stream.records import RecordType
 from checkpointd.stream.writer import record_header
 
 from . import scrub
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .epochs import Budget, Load
 
 EXTENT_BYTES = EXTENT_PAGES * PAGE_SIZE
-PFN_MASK = (1 << 52) - 1  # of a pfn word; its type is in bits 63-60
+WORD = 8  # octets of a pfn word
 RECORD_HEAD = 16  # octets of a PAGE_DATA record before its pfn words; the count is at octet 8
 
 
@@ -97,8 +97,7 @@ class _Overlay:
         """What merge() changes."""
         changed.update(self._pages)
         for words in self._gone:
-            for word in _words(words):
-                changed.add(word & PFN_MASK)
+            native.mark(changed, words)
 
     def close(self) -> None:
         self._memory.close()
@@ -112,7 +111,9 @@ class ImageFiles:
     def __init__(self, directory: Path, uuid: str) -> None:
         self.image = directory / f"{uuid}.image"
         self.note = directory / f"{uuid}.json"  # what the image is
-        self.remainder = directory / f"{uuid}.remainder"  # what it lacks to be an epoch (remainder.py)
+        self.remainder = (
+            directory / f"{uuid}.remainder"
+        )  # what it lacks to be an epoch (remainder.py)
 
     def remove(self) -> None:
         """The image first: without it the others are nothing. Idempotent. Raises OSError."""
@@ -152,7 +153,8 @@ class Replica:
         self._budget = budget
         self._overlay: _Overlay | None = None
         self._live_epoch = 0  # whose live parts the overlay holds
-        self._reserved: set[int] = set()  # extents with memory of their own
+        self._nr_extents = -(-nr_pfns // EXTENT_PAGES)
+        self._reserved = native.Bitmap(self._nr_extents)  # extents with memory of their own
         self._files = None if directory is None else ImageFiles(directory, uuid)
         self._marked = ""  # what the file's note says
         fd = -1
@@ -239,9 +241,8 @@ class Replica:
             return
         if self._overlay:
             self._overlay.add_to(self.changed)
-        for words in (*_words_with_memory(load), *map(_words, load.gone)):
-            for word in words:
-                self.changed.add(word & PFN_MASK)
+        for words in (*_words_with_memory(load), *load.gone):
+            native.mark(self.changed, words)
 
     def forget_live(self) -> None:
         """Drop the live parts of an epoch that will not be whole."""
@@ -319,13 +320,10 @@ class Replica:
             yield first, length
 
     def _reserve(self, load: Load) -> None:
-        extents = {
-            (word & PFN_MASK) // EXTENT_PAGES
-            for words in _words_with_memory(load)
-            for word in words
-            if word >> TYPE_SHIFT < PageType.BROKEN  # a hole in a record takes no memory
-        }
-        for extent in sorted(extents - self._reserved):
+        missing = native.Bitmap(self._nr_extents)
+        for words in _words_with_memory(load):
+            native.mark_extents(missing, self._reserved, words)
+        for extent in missing:
             offset = extent * EXTENT_BYTES
             length = min(EXTENT_BYTES, self.nr_pfns * PAGE_SIZE - offset)
             try:
@@ -352,7 +350,7 @@ class Replica:
                 os.ftruncate(fd, 0)
             # All of it at once, holes too: a full disk shows now, and not in a commit.
             os.posix_fallocate(fd, 0, size)
-            self._reserved = set(range(-(-self.nr_pfns // EXTENT_PAGES)))
+            self._reserved.fill()
         except OSError:
             os.close(fd)
             raise
@@ -412,20 +410,15 @@ def _apply(load: Load, image: int, nr_pfns: int, populated: native.Bitmap) -> No
 def _record_words(record: Octets) -> memoryview:
     view = memoryview(record).cast("B")
     count = int.from_bytes(view[8:12], "little")
-    return view[RECORD_HEAD : RECORD_HEAD + count * 8].cast("Q")
+    return view[RECORD_HEAD : RECORD_HEAD + count * WORD]
 
 
-def _words_with_memory(load: Load) -> Iterator[memoryview]:
+def _words_with_memory(load: Load) -> Iterator[Octets]:
     """The pfn words of the pages that take memory: zero ones too, for they may be written next."""
     for record in load.pages:
         yield _record_words(record)
-    for words in load.zero:
-        yield _words(words)
-
-
-def _words(words: Octets) -> memoryview:
-    return memoryview(words).cast("B").cast("Q")
+    yield from load.zero
 
 
 def _pages_of(load: Load) -> int:
-    return sum(len(words) for words in _words_with_memory(load))
+    return sum(memoryview(words).nbytes // WORD for words in _words_with_memory(load))

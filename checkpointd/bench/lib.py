@@ -23,4 +23,5 @@ refuse_stale(
     ffi.string(lib.CK_SOURCE_HASH).decode(),
     _SOURCES,
     _SOURCES.parents[1] / "csrc" / "hypervisor.h",  # whose struct it fills
+    _SOURCES.parents[1] / "csrc" / "bitmap.h",
 )

@@ -52,7 +52,7 @@ class Standin:
         self.mappings = Mappings(self.table, nr_pfns, max(nr_pfns * PAGE, 2 << 20))
         self.pending, self.carried = Bitmap(nr_pfns), Bitmap(nr_pfns)
         self.arena = Arena(arena_pages or self.memory_pages, nr_pfns, audit_pages=AUDIT_PAGES)
-        self._key = DigestKey(bytes(32))
+        self.key = DigestKey(bytes(32))
         self._audit_cursor = 0
 
     def _populate(self) -> None:
@@ -83,7 +83,7 @@ class Standin:
     def pause(self) -> Outcome:
         """One epoch; its pages are acked at once."""
         outcome = native.pause(
-            self.table, self.mappings, self.pending, self.carried, self.arena, key=self._key,
+            self.table, self.mappings, self.pending, self.carried, self.arena, key=self.key,
             suspend_timeout_ns=1, audit_cursor=self._audit_cursor,
         )  # fmt: skip
         self._audit_cursor = outcome.cursor
@@ -129,7 +129,8 @@ class Copies:
         self._memory = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)  # as arenas are
         self._to = ffi.from_buffer("uint8_t[]", self._memory, require_writable=True)
-        ffi.memmove(self._to, bytes(pages * PAGE), pages * PAGE)
+        for at in range(0, pages * PAGE, len(_FILL)):
+            self._memory[at : at + len(_FILL)] = _FILL[: pages * PAGE - at]
 
     def scattered(self, pfns: Sequence[int]) -> int:
         """Those pages, each by itself; takes so many ns."""
@@ -139,6 +140,11 @@ class Copies:
     def one(self, first: int, pages: int) -> int:
         """So many that follow each other, at once; takes so many ns."""
         return int(lib.bench_copy(self._to, self._domain.memory + first * PAGE, pages * PAGE))
+
+    def back(self, pfns: Sequence[int]) -> int:
+        """From the buffer to where those pages are in the guest's memory; takes so many ns."""
+        listed = ffi.new("uint64_t[]", pfns)
+        return int(lib.bench_put_pages(self._domain.memory, self._to, listed, len(pfns)))
 
     def close(self) -> None:
         ffi.release(self._to)

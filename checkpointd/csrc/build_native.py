@@ -28,14 +28,23 @@ ffi.cdef(
     };
     const struct ck_kernel *ck_kernel_at(unsigned index);
 
-    /* scan.h */
-    uint64_t ck_bitmap_count(const uint64_t *bitmap, uint64_t nr_bits);
-    bool ck_bitmap_any(const uint64_t *bitmap, uint64_t nr_bits);
-    void ck_bitmap_add(uint64_t *bitmap, uint64_t first, uint64_t count);
-    void ck_bitmap_or(uint64_t *into, const uint64_t *from, uint64_t nr_bits);
-    void ck_bitmap_trim(uint64_t *bitmap, uint64_t nr_bits);
-    uint32_t ck_bitmap_list(const uint64_t *bitmap, uint64_t first, uint64_t end, uint64_t *bits,
-                            uint32_t max);
+    /* bitmap.h */
+    struct ck_bitmap {
+        uint64_t nr_bits;
+        uint64_t *words;
+        ...;
+    };
+    uint64_t ck_bitmap_size(uint64_t nr_bits);
+    void ck_bitmap_init(struct ck_bitmap *bitmap, void *memory, uint64_t nr_bits);
+    uint64_t ck_bitmap_count(struct ck_bitmap *bitmap);
+    bool ck_bitmap_any(struct ck_bitmap *bitmap);
+    void ck_bitmap_add(struct ck_bitmap *bitmap, uint64_t first, uint64_t count);
+    void ck_bitmap_fill(struct ck_bitmap *bitmap);
+    void ck_bitmap_clear(struct ck_bitmap *bitmap);
+    void ck_bitmap_or(struct ck_bitmap *into, const struct ck_bitmap *from);
+    void ck_bitmap_loaded(struct ck_bitmap *bitmap);
+    uint32_t ck_bitmap_list(const struct ck_bitmap *bitmap, uint64_t first, uint64_t end,
+                            uint64_t *bits, uint32_t max);
 
     /* digest.h */
     #define CK_NH_KEY_WORDS ...
@@ -93,11 +102,11 @@ ffi.cdef(
                    CK_STEP_OUTPUT, CK_STEP_RESUME, ... };
     struct ck_request {
         struct ck_mappings *mappings;
-        uint64_t *pending;
-        uint64_t *carried;
+        struct ck_bitmap *pending;
+        struct ck_bitmap *carried;
         struct ck_arena *arena;
         const struct ck_digest_key *key;
-        const uint64_t *audit;
+        const struct ck_bitmap *audit;
         uint8_t *known;
         uint64_t cursor;
         int64_t suspend_timeout_ns;
@@ -124,21 +133,26 @@ ffi.cdef(
                                   uint64_t *at);
     enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data,
                                  uint64_t nr_pfns, uint64_t *at);
-    void ck_scatter(uint8_t *image, uint64_t *populated, const uint8_t *record);
-    void ck_zero_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count);
-    void ck_drop_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count);
-    void ck_merge(uint8_t *image, const uint8_t *overlay, uint64_t nr_pfns,
-                  const uint64_t *overlaid, uint64_t *populated);
+    void ck_mark(struct ck_bitmap *pfns, const uint8_t *words, uint64_t count);
+    void ck_mark_extents(struct ck_bitmap *missing, const struct ck_bitmap *reserved,
+                         const uint8_t *words, uint64_t count);
+    void ck_scatter(uint8_t *image, struct ck_bitmap *populated, const uint8_t *record);
+    void ck_zero_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words,
+                       uint64_t count);
+    void ck_drop_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words,
+                       uint64_t count);
+    void ck_merge(uint8_t *image, const uint8_t *overlay, const struct ck_bitmap *overlaid,
+                  struct ck_bitmap *populated);
     """
 )
 ffi.set_source(
     "checkpointd._native",
     f"""
     #define CK_SOURCE_HASH "{tools["source_hash"](HERE)}"
+    #include "bitmap.h"
     #include "digest.h"
     #include "kernel.h"
     #include "pause.h"
-    #include "scan.h"
     #include "scatter.h"
     """,
     sources=[str(path) for path in tools["sources"](HERE) if path.suffix == ".c"],

@@ -22,7 +22,12 @@ def struct(name: str, header: Path) -> str:
     return text[begin : text.index("\n};", begin) + len("\n};")]
 
 
+def table() -> str:
+    """The table of hypervisor.h, and its bitmaps."""
+    return struct("ck_bitmap", HERE / "bitmap.h") + struct("ck_hypervisor", HERE / "hypervisor.h")
+
+
 def port() -> str:
-    """hypervisor.h: the table, so that tests can call it as the native pause does, and its modes."""
+    """The same, so that tests can call it as the native pause does, and the modes of harvest()."""
     modes = "".join(f"#define CK_HARVEST_{mode} ...\n" for mode in ("PEEK", "CLEAN", "FINAL"))
-    return modes + struct("ck_hypervisor", HERE / "hypervisor.h")
+    return modes + table()

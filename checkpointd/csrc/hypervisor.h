@@ -9,14 +9,16 @@
  *  - returns 0 (or a count, where it says so) on success and a negative errno on failure; never aborts;
  *  - is called by one thread at a time (the caller serialises), not always by the same thread;
  *  - allocates nothing and logs nothing: it may run while the guest is stopped;
- *  - "pfn" is the guest's page frame number, "bit p of a bitmap" is bit (p % 64) of u64 word (p / 64).
+ *  - "pfn" is the guest's page frame number; a bitmap (bitmap.h) has a bit for each pfn of the guest, else -EINVAL.
  */
 #ifndef CHECKPOINTD_HYPERVISOR_H
 #define CHECKPOINTD_HYPERVISOR_H
 
 #include <stdint.h>
 
-#define CK_HYPERVISOR_ABI 1u
+#include "bitmap.h"
+
+#define CK_HYPERVISOR_ABI 2u
 
 #define CK_PAGE_SHIFT 12
 #define CK_PAGE_SIZE  4096u
@@ -53,12 +55,12 @@ struct ck_hypervisor {
 
     /* OR the dirty log into `bitmap` (never clears a bit there, so that no bit is lost when a call fails
      * half way). -EAGAIN: nothing was changed, ask again. Any other failure: the log is lost. */
-    int (*harvest)(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode);
+    int (*harvest)(void *domain, struct ck_bitmap *bitmap, int mode);
 
     /* OR into `bitmap` each pfn whose backing changed (ballooned out, in, or exchanged) since the last call.
      * Returns how many there were. A mapping made before such a change shows another page: invariant 8.
      * A change is reported no later than types() or map() shows it: live rounds rely on that. */
-    int64_t (*p2m_changes)(void *domain, uint64_t *bitmap, uint64_t nr_pfns);
+    int64_t (*p2m_changes)(void *domain, struct ck_bitmap *bitmap);
 
     /* For count <= 1024 pfns, replace pfns[i] by its PAGE_DATA word: type << CK_TYPE_SHIFT | pfn. */
     int (*types)(void *domain, uint64_t *pfns, uint32_t count);

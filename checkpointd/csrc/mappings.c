@@ -6,7 +6,6 @@
 #include <sys/mman.h>
 
 #include "digest.h"
-#include "scan.h"
 
 #define EXTENT_WORDS (CK_EXTENT_PAGES / 64) /* words of a bitmap that one extent takes */
 
@@ -27,9 +26,9 @@ int ck_mappings_new(void *table, uint64_t nr_pfns, uint32_t budget_extents,
 {
     const struct ck_hypervisor *hypervisor = table;
     uint64_t extents = nr_extents(nr_pfns);
-    uint64_t words = extents * EXTENT_WORDS; /* the last extent's too: invalidate() reads all 8 */
-    uint64_t size = sizeof(struct ck_mappings) + extents * sizeof(struct ck_extent)
-                    + 4 * words * sizeof(uint64_t) + extents * sizeof(uint32_t);
+    uint64_t bitmap = ck_bitmap_size(nr_pfns);
+    uint64_t size = sizeof(struct ck_mappings) + extents * sizeof(struct ck_extent) + 4 * bitmap
+                    + extents * sizeof(uint32_t);
 
     if (hypervisor->abi != CK_HYPERVISOR_ABI || hypervisor->size != sizeof *hypervisor)
         return -EPROTONOSUPPORT;
@@ -42,16 +41,17 @@ int ck_mappings_new(void *table, uint64_t nr_pfns, uint32_t budget_extents,
 
     struct ck_mappings *cache = block;
     cache->extents = (struct ck_extent *)(cache + 1);
-    cache->changed = (uint64_t *)(cache->extents + extents);
-    cache->fresh = cache->changed + words;
-    cache->populated = cache->fresh + words;
-    cache->theirs = cache->populated + words;
-    cache->mapped = (uint32_t *)(cache->theirs + words);
+    uint8_t *at = (uint8_t *)(cache->extents + extents);
+    ck_bitmap_init(&cache->changed, at, nr_pfns);
+    ck_bitmap_init(&cache->fresh, at + bitmap, nr_pfns);
+    ck_bitmap_init(&cache->populated, at + 2 * bitmap, nr_pfns);
+    ck_bitmap_init(&cache->theirs, at + 3 * bitmap, nr_pfns);
+    cache->mapped = (uint32_t *)(at + 4 * bitmap);
     cache->hypervisor = hypervisor;
     cache->nr_pfns = nr_pfns;
     cache->budget = budget_extents;
     cache->allocated = size;
-    ck_bitmap_add(cache->theirs, 0, nr_pfns);
+    ck_bitmap_fill(&cache->theirs);
     *out = cache;
     return 0;
 }
@@ -145,7 +145,7 @@ int ck_mappings_extent(struct ck_mappings *cache, uint64_t pfn, const uint8_t **
 }
 
 /* Unmap every mapped extent that `fresh` touches; with fresh NULL, all of them. */
-static int invalidate(struct ck_mappings *cache, const uint64_t *fresh)
+static int invalidate(struct ck_mappings *cache, const struct ck_bitmap *fresh)
 {
     int first_error = 0;
 
@@ -156,7 +156,7 @@ static int invalidate(struct ck_mappings *cache, const uint64_t *fresh)
         int rc;
 
         for (uint32_t w = 0; fresh && w < EXTENT_WORDS; w++)
-            touched |= fresh[(uint64_t)extent * EXTENT_WORDS + w];
+            touched |= fresh->words[(uint64_t)extent * EXTENT_WORDS + w];
         if (!touched)
             continue;
         cache->stats.invalidated++;
@@ -170,29 +170,24 @@ static int invalidate(struct ck_mappings *cache, const uint64_t *fresh)
 int64_t ck_mappings_refresh(struct ck_mappings *cache)
 {
     const struct ck_hypervisor *hypervisor = cache->hypervisor;
-    uint64_t nr_pfns = cache->nr_pfns;
-    int64_t changes = hypervisor->p2m_changes(hypervisor->domain, cache->fresh, nr_pfns);
+    int64_t changes = hypervisor->p2m_changes(hypervisor->domain, &cache->fresh);
     int rc;
 
     if (changes == 0 || changes == -EAGAIN)
         return changes;
     if (changes < 0)
-        ck_bitmap_add(cache->fresh, 0, nr_pfns);
-    ck_bitmap_trim(cache->fresh, nr_pfns);
-    rc = invalidate(cache, cache->fresh);
-    ck_bitmap_or(cache->changed, cache->fresh, nr_pfns);
-    cache->any_changed = true;
-    memset(cache->fresh, 0, ck_bitmap_words(nr_pfns) * sizeof(uint64_t));
+        ck_bitmap_fill(&cache->fresh);
+    ck_bitmap_trim(&cache->fresh);
+    rc = invalidate(cache, &cache->fresh);
+    ck_bitmap_or(&cache->changed, &cache->fresh);
+    ck_bitmap_clear(&cache->fresh);
     return changes > 0 && rc ? rc : changes;
 }
 
-void ck_mappings_take_changed(struct ck_mappings *cache, uint64_t *pending)
+void ck_mappings_take_changed(struct ck_mappings *cache, struct ck_bitmap *pending)
 {
-    if (!cache->any_changed)
-        return; /* as nearly always: not worth two passes over the bitmap in each pause */
-    cache->any_changed = false;
-    ck_bitmap_or(pending, cache->changed, cache->nr_pfns);
-    memset(cache->changed, 0, ck_bitmap_words(cache->nr_pfns) * sizeof(uint64_t));
+    ck_bitmap_or(pending, &cache->changed);
+    ck_bitmap_clear(&cache->changed);
 }
 
 int ck_mappings_invalidate_all(struct ck_mappings *cache) { return invalidate(cache, NULL); }
@@ -201,8 +196,8 @@ void ck_mappings_theirs(struct ck_mappings *cache, const uint8_t *digests)
 {
     static const uint8_t none[CK_DIGEST_SIZE];
 
-    memset(cache->theirs, 0, ck_bitmap_words(cache->nr_pfns) * sizeof(uint64_t));
+    ck_bitmap_clear(&cache->theirs);
     for (uint64_t pfn = 0; digests && pfn < cache->nr_pfns; pfn++)
         if (memcmp(digests + pfn * CK_DIGEST_SIZE, none, sizeof none) != 0)
-            ck_bit_set(cache->theirs, pfn);
+            ck_bit_set(&cache->theirs, pfn);
 }

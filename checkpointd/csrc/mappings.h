@@ -41,11 +41,10 @@ struct ck_mappings {
     uint32_t budget;          /* extents, at least 1 */
     uint32_t *mapped;         /* which are mapped, stats.mapped_extents of them, in no order */
     struct ck_extent *extents;
-    uint64_t *changed;        /* bitmap: got other frames since ck_mappings_take_changed() */
-    bool any_changed;         /* is a bit of `changed` set? */
-    uint64_t *fresh;          /* bitmap: scratch of refresh, all zero outside of it */
-    uint64_t *populated;      /* bitmap: had memory behind them when last staged */
-    uint64_t *theirs;         /* bitmap: the other side may have a page here; at first it may have any */
+    struct ck_bitmap changed;   /* got other frames since ck_mappings_take_changed() */
+    struct ck_bitmap fresh;     /* scratch of refresh, empty outside of it */
+    struct ck_bitmap populated; /* had memory behind them when last staged */
+    struct ck_bitmap theirs;    /* the other side may have a page here; at first it may have any */
     struct ck_mappings_stats stats;
     uint64_t allocated;       /* octets, of this struct and all arrays */
 };
@@ -75,7 +74,7 @@ static inline const uint8_t *ck_mappings_peek(const struct ck_mappings *cache, u
 int64_t ck_mappings_refresh(struct ck_mappings *cache);
 
 /* OR what changed into the dirty set and forget it here. */
-void ck_mappings_take_changed(struct ck_mappings *cache, uint64_t *pending);
+void ck_mappings_take_changed(struct ck_mappings *cache, struct ck_bitmap *pending);
 
 /* The other side has just the pages with a digest that is not zero (CK_DIGEST_SIZE octets a pfn; NULL:
  * none). A hole need not be told for a page that it never had: most of a PVH guest's p2m is one. */

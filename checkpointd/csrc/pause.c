@@ -5,7 +5,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "scan.h"
+#include "bitmap.h"
 
 /* Pages of one call of types(): the most that Xen's getpageframeinfo3 takes. */
 #define BATCH 1024u
@@ -39,10 +39,8 @@ static bool fail(struct ck_outcome *out, enum ck_step step, int64_t rc)
 /* Everything the round has taken goes back, and it is as if it had not been. */
 static void give_back(const struct ck_request *q, struct ck_outcome *out)
 {
-    uint64_t nr_pfns = q->mappings->nr_pfns;
-
-    ck_bitmap_or(q->pending, q->carried, nr_pfns);
-    memset(q->carried, 0, ck_bitmap_words(nr_pfns) * sizeof(uint64_t));
+    ck_bitmap_or(q->pending, q->carried);
+    ck_bitmap_clear(q->carried);
     ck_arena_empty(q->arena);
     out->pages = out->zeros = out->gone = out->known = out->audited = 0;
     out->cursor = q->cursor;
@@ -59,13 +57,13 @@ static bool harvest(const struct ck_request *q, struct ck_outcome *out, int mode
     ck_mappings_take_changed(cache, q->pending);
     if (changes < 0)
         return fail(out, CK_STEP_P2M, changes);
-    rc = hypervisor->harvest(hypervisor->domain, q->pending, cache->nr_pfns, mode);
+    rc = hypervisor->harvest(hypervisor->domain, q->pending, mode);
     if (rc < 0 && rc != -EAGAIN)
-        ck_bitmap_add(q->pending, 0, cache->nr_pfns); /* the log is lost: any page may be dirty */
-    ck_bitmap_trim(q->pending, cache->nr_pfns);
+        ck_bitmap_fill(q->pending); /* the log is lost: any page may be dirty */
+    ck_bitmap_trim(q->pending);
     if (rc)
         return fail(out, CK_STEP_HARVEST, rc);
-    out->dirty = ck_bitmap_count(q->pending, cache->nr_pfns);
+    out->dirty = ck_bitmap_count(q->pending);
     return true;
 }
 
@@ -150,16 +148,16 @@ static void stage_page(const struct ck_request *q, struct ck_outcome *out, uint6
     uint64_t pfn = word & CK_PFN_MASK;
 
     if (content(word) == NOTHING) {
-        ck_bit_clear(q->mappings->populated, pfn);
+        ck_bit_clear(&q->mappings->populated, pfn);
         /* `theirs` keeps its bit: nobody knows yet whether this part will arrive. */
-        if (ck_bit_test(q->mappings->theirs, pfn))
+        if (ck_bit_test(&q->mappings->theirs, pfn))
             arena->gone[arena->nr_gone++] = word;
         forget_known(q, pfn);
         return;
     }
     const uint8_t *page = page_of(base, pfn);
-    ck_bit_set(q->mappings->populated, pfn);
-    ck_bit_set(q->mappings->theirs, pfn);
+    ck_bit_set(&q->mappings->populated, pfn);
+    ck_bit_set(&q->mappings->theirs, pfn);
     if (is_known(q, pfn, page)) {
         out->known++;
         return;
@@ -184,8 +182,8 @@ static bool still_true(const struct ck_request *q, struct ck_outcome *out, const
     if (changes < 0)
         return fail(out, CK_STEP_P2M, changes);
     *same = ck_mappings_peek(cache, words[0] & CK_PFN_MASK) == base;
-    for (uint32_t i = 0; cache->any_changed && i < n; i++)
-        *same &= !ck_bit_test(cache->changed, words[i] & CK_PFN_MASK);
+    for (uint32_t i = 0; i < n; i++)
+        *same &= !ck_bit_test(&cache->changed, words[i] & CK_PFN_MASK);
     return true;
 }
 
@@ -293,23 +291,20 @@ static bool write_context(const struct ck_request *q, struct ck_outcome *out)
 static uint32_t list_clean(const struct ck_request *q, uint64_t first, uint64_t end, uint64_t *pfns,
                            uint32_t max)
 {
+    const struct ck_bitmap *populated = &q->mappings->populated;
     uint32_t found = 0;
 
-    for (uint64_t i = first / 64; i < ck_bitmap_words(end); i++) {
-        uint64_t clean = q->mappings->populated[i] & ~q->carried[i];
-        uint32_t n;
+    for (uint64_t i = first / 64; i * 64 < end && found < max; i++) {
+        uint64_t clean = populated->words[i] & ~q->carried->words[i];
 
         if (q->audit)
-            clean &= q->audit[i];
-        if (clean == 0)
-            continue;
-        n = ck_bitmap_list(&clean, i == first / 64 ? first % 64 : 0, i == end / 64 ? end % 64 : 64,
-                           pfns + found, max - found);
-        for (uint32_t k = 0; k < n; k++)
-            pfns[found + k] += i * 64;
-        found += n;
-        if (found == max)
-            break;
+            clean &= q->audit->words[i];
+        if (clean)
+            found += ck_word_list(clean, i == first / 64 ? first % 64 : 0,
+                                  end - i * 64 < 64 ? end - i * 64 : 64, i * 64, pfns + found,
+                                  max - found);
+        else if ((i + 1) % CK_BLOCK_WORDS == 0) /* holes, most of a PVH guest's map */
+            i = ck_bitmap_next_block(populated, (i + 1) / CK_BLOCK_WORDS) * CK_BLOCK_WORDS - 1;
     }
     return found;
 }
@@ -387,7 +382,7 @@ static bool begin(const struct ck_request *q, struct ck_outcome *out)
 {
     memset(out, 0, sizeof *out);
     out->cursor = q->cursor;
-    if (ck_bitmap_any(q->carried, q->mappings->nr_pfns))
+    if (ck_bitmap_any(q->carried))
         return fail(out, CK_STEP_ARENA, -EBUSY);
     ck_arena_empty(q->arena);
     return true;
@@ -421,7 +416,7 @@ void ck_pause(const struct ck_request *q, struct ck_outcome *out)
         give_back(q, out);
     else if (out->resume_status)
         out->step = CK_STEP_RESUME;
-    out->remaining = ck_bitmap_count(q->pending, q->mappings->nr_pfns);
+    out->remaining = ck_bitmap_count(q->pending);
 }
 
 void ck_live_round(const struct ck_request *q, struct ck_outcome *out)
@@ -443,5 +438,5 @@ void ck_live_round(const struct ck_request *q, struct ck_outcome *out)
         give_back(q, out);
     out->stage_ns = lap(&mark);
     ck_mappings_take_changed(q->mappings, q->pending); /* what changed while the round went on */
-    out->remaining = ck_bitmap_count(q->pending, nr_pfns);
+    out->remaining = ck_bitmap_count(q->pending);
 }

@@ -39,11 +39,11 @@ enum ck_step {
 /* All bitmaps have the cache's nr_pfns bits. */
 struct ck_request {
     struct ck_mappings *mappings;
-    uint64_t *pending;
-    uint64_t *carried; /* empty */
+    struct ck_bitmap *pending;
+    struct ck_bitmap *carried; /* empty */
     struct ck_arena *arena;
     const struct ck_digest_key *key; /* of the audit, and of `known` */
-    const uint64_t *audit; /* pause: bitmap of what to audit; NULL: all that was ever staged */
+    const struct ck_bitmap *audit; /* pause: what to audit; NULL: all that was ever staged */
     uint8_t *known;        /* live, or NULL: CK_DIGEST_SIZE octets a pfn, of what the other side
                             * has, zero: unknown; becomes zero where another version is staged */
     uint64_t cursor;       /* pfn at which the audit (pause) or the staging (live) begins */

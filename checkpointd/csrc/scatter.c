@@ -6,7 +6,7 @@
 
 #include "arena.h"
 #include "hypervisor.h"
-#include "scan.h"
+#include "kernel.h"
 
 static uint64_t word_at(const uint8_t *words, uint64_t i)
 {
@@ -80,15 +80,32 @@ enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data
     return CK_FAULT_NONE;
 }
 
+void ck_mark(struct ck_bitmap *pfns, const uint8_t *words, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++)
+        ck_bit_set(pfns, word_at(words, i) & CK_PFN_MASK);
+}
+
+void ck_mark_extents(struct ck_bitmap *missing, const struct ck_bitmap *reserved,
+                     const uint8_t *words, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t word = word_at(words, i), extent = (word & CK_PFN_MASK) >> CK_EXTENT_SHIFT;
+
+        if (has_data(word) && !ck_bit_test(reserved, extent))
+            ck_bit_set(missing, extent);
+    }
+}
+
 /* Memory of a page that is not populated is zero already, and touching it would take a frame for
  * nothing. */
-static void zero_page(uint8_t *image, const uint64_t *populated, uint64_t pfn)
+static void zero_page(uint8_t *image, const struct ck_bitmap *populated, uint64_t pfn)
 {
     if (ck_bit_test(populated, pfn))
         memset(image + pfn * CK_PAGE_SIZE, 0, CK_PAGE_SIZE);
 }
 
-void ck_scatter(uint8_t *image, uint64_t *populated, const uint8_t *record)
+void ck_scatter(uint8_t *image, struct ck_bitmap *populated, const uint8_t *record)
 {
     uint32_t count;
     const uint8_t *words = record + CK_RECORD_HEAD, *data;
@@ -99,7 +116,7 @@ void ck_scatter(uint8_t *image, uint64_t *populated, const uint8_t *record)
         uint64_t word = word_at(words, i), pfn = word & CK_PFN_MASK;
 
         if (has_data(word)) {
-            memcpy(image + pfn * CK_PAGE_SIZE, data, CK_PAGE_SIZE);
+            ck_kernel->copy_page(image + pfn * CK_PAGE_SIZE, data);
             ck_bit_set(populated, pfn);
             data += CK_PAGE_SIZE;
         } else {
@@ -107,9 +124,10 @@ void ck_scatter(uint8_t *image, uint64_t *populated, const uint8_t *record)
             ck_bit_clear(populated, pfn);
         }
     }
+    ck_kernel->copied();
 }
 
-void ck_zero_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count)
+void ck_zero_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
         uint64_t pfn = word_at(words, i) & CK_PFN_MASK;
@@ -119,7 +137,7 @@ void ck_zero_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, ui
     }
 }
 
-void ck_drop_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count)
+void ck_drop_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
         uint64_t pfn = word_at(words, i) & CK_PFN_MASK;
@@ -129,14 +147,15 @@ void ck_drop_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, ui
     }
 }
 
-void ck_merge(uint8_t *image, const uint8_t *overlay, uint64_t nr_pfns, const uint64_t *overlaid,
-              uint64_t *populated)
+void ck_merge(uint8_t *image, const uint8_t *overlay, const struct ck_bitmap *overlaid,
+              struct ck_bitmap *populated)
 {
-    for (uint64_t i = 0; i < ck_bitmap_words(nr_pfns); i++)
-        for (uint64_t bits = overlaid[i]; bits; bits &= bits - 1) {
+    for (uint64_t i = 0; i < ck_bitmap_words(overlaid->nr_bits); i++)
+        for (uint64_t bits = overlaid->words[i]; bits; bits &= bits - 1) {
             uint64_t at = (i * 64 + (uint64_t)__builtin_ctzll(bits)) * CK_PAGE_SIZE;
 
-            memcpy(image + at, overlay + at, CK_PAGE_SIZE);
+            ck_kernel->copy_page(image + at, overlay + at);
         }
-    ck_bitmap_or(populated, overlaid, nr_pfns);
+    ck_kernel->copied();
+    ck_bitmap_or(populated, overlaid);
 }

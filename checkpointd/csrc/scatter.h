@@ -5,12 +5,14 @@
  * nothing here can fail, which is what lets an ack be a promise (invariant 1). No function writes
  * outside the image and the bitmap, provided that the check passed with the same nr_pfns.
  *
- * Invariant of image and `populated`: the memory of a page that is not populated is all zero.
+ * Images are page aligned. Invariant of image and `populated`: the memory of a page that is not populated is all zero.
  */
 #ifndef CHECKPOINTD_SCATTER_H
 #define CHECKPOINTD_SCATTER_H
 
 #include <stdint.h>
+
+#include "bitmap.h"
 
 /* Answers of the checks; each has its own text in native/image.py. */
 enum ck_fault {
@@ -36,17 +38,25 @@ enum ck_fault ck_record_check(const uint8_t *record, uint64_t length, uint64_t n
 enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data, uint64_t nr_pfns,
                              uint64_t *at);
 
+/* Add the pfns of checked words. */
+void ck_mark(struct ck_bitmap *pfns, const uint8_t *words, uint64_t count);
+
+/* Add to `missing` the extents (CK_EXTENT_PAGES pages) in which checked words name pages with data, but for those in
+ * `reserved`: both have a bit for each extent of the guest. */
+void ck_mark_extents(struct ck_bitmap *missing, const struct ck_bitmap *reserved,
+                     const uint8_t *words, uint64_t count);
+
 /* Put the pages of a checked record in their places; those that it says have gone are dropped. */
-void ck_scatter(uint8_t *image, uint64_t *populated, const uint8_t *record);
+void ck_scatter(uint8_t *image, struct ck_bitmap *populated, const uint8_t *record);
 
 /* Make these pages zero and populated. */
-void ck_zero_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count);
+void ck_zero_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words, uint64_t count);
 
 /* Take these pages away: zero and not populated. */
-void ck_drop_pages(uint8_t *image, uint64_t *populated, const uint8_t *words, uint64_t count);
+void ck_drop_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words, uint64_t count);
 
 /* Copy each page in `overlaid` from the overlay, an image of the same size; mark it populated. */
-void ck_merge(uint8_t *image, const uint8_t *overlay, uint64_t nr_pfns, const uint64_t *overlaid,
-              uint64_t *populated);
+void ck_merge(uint8_t *image, const uint8_t *overlay, const struct ck_bitmap *overlaid,
+              struct ck_bitmap *populated);
 
 #endif

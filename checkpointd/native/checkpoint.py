@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpointd.errors import NativeError
-from checkpointd.native.bitmap import bits_of
+from checkpointd.native.bitmap import handle_of
 from checkpointd.native.digest import DIGEST_SIZE
 from checkpointd.native.library import ffi, lib
 
@@ -103,7 +103,7 @@ def pause(
     request = _request(table, mappings, pending, carried, arena, audit_cursor, detect_zero)
     request.key = key.key
     if audit is not None:
-        request.audit = bits_of(audit, mappings.nr_pfns)
+        request.audit = handle_of(audit, mappings.nr_pfns)
     request.suspend_timeout_ns = suspend_timeout_ns
     request.close_output = close_output
     request.stay = stay
@@ -161,8 +161,8 @@ def _request(
         raise ValueError("table, mappings, bitmaps and arena must be of one domain, and distinct")
     request = ffi.new("struct ck_request *")
     request.mappings = mappings.handle
-    request.pending = bits_of(pending, nr_pfns)
-    request.carried = bits_of(carried, nr_pfns)
+    request.pending = handle_of(pending, nr_pfns)
+    request.carried = handle_of(carried, nr_pfns)
     request.arena = arena.handle
     request.cursor = cursor % nr_pfns
     request.detect_zero = detect_zero

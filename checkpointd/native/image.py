@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from checkpointd.native.bitmap import bits_of
-from checkpointd.native.library import ffi, lib
+from checkpointd.native.bitmap import handle_of
+from checkpointd.native.library import PAGE_SIZE, ffi, lib
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -53,14 +53,35 @@ def check_words(words: ReadableBuffer, nr_pfns: int, *, with_data: bool) -> str 
     return _fault(lib.ck_words_check(view, len(view) // 8, with_data, nr_pfns, at), at[0])
 
 
+def _check_aligned(address: int) -> None:
+    """Streaming stores fault anywhere else."""
+    if address % PAGE_SIZE:
+        raise ValueError(f"an image at {address:#x}, which is no multiple of {PAGE_SIZE}")
+
+
+def mark(pfns: Bitmap, words: ReadableBuffer) -> None:
+    """Add the pfns of words that were checked for as many."""
+    view = ffi.from_buffer("uint8_t[]", words)
+    lib.ck_mark(pfns.handle, view, len(view) // 8)
+
+
+def mark_extents(missing: Bitmap, reserved: Bitmap, words: ReadableBuffer) -> None:
+    """Add the extents of 512 pages in which words, checked, name pages with data, but for those in `reserved`. Both
+    bitmaps have a bit for each extent of the guest.
+    """
+    view = ffi.from_buffer("uint8_t[]", words)
+    lib.ck_mark_extents(missing.handle, reserved.handle, view, len(view) // 8)
+
+
 def scatter(image_address: int, nr_pfns: int, populated: Bitmap, record: ReadableBuffer) -> None:
     """Put the pages of a record in their places (pfn p at octet p * 4096) and mark them populated;
     what it says has gone is dropped. Raises ValueError, before anything is changed, if the record
-    is malformed.
+    is malformed or the image not page aligned.
     """
     if fault := check_record(record, nr_pfns):
         raise ValueError(f"PAGE_DATA record: {fault}")
-    bits, view = bits_of(populated, nr_pfns), ffi.from_buffer("uint8_t[]", record)
+    _check_aligned(image_address)
+    bits, view = handle_of(populated, nr_pfns), ffi.from_buffer("uint8_t[]", record)
     lib.ck_scatter(ffi.cast("uint8_t *", image_address), bits, view)
 
 
@@ -71,7 +92,7 @@ def zero_pages(image_address: int, nr_pfns: int, populated: Bitmap, words: Reada
     """
     if fault := check_words(words, nr_pfns, with_data=True):
         raise ValueError(f"zero pages: {fault}")
-    bits, view = bits_of(populated, nr_pfns), ffi.from_buffer("uint8_t[]", words)
+    bits, view = handle_of(populated, nr_pfns), ffi.from_buffer("uint8_t[]", words)
     lib.ck_zero_pages(ffi.cast("uint8_t *", image_address), bits, view, len(view) // 8)
 
 
@@ -79,18 +100,20 @@ def drop_pages(image_address: int, nr_pfns: int, populated: Bitmap, words: Reada
     """Make the pages of a list of words zero and not populated. Raises as scatter() does."""
     if fault := check_words(words, nr_pfns, with_data=False):
         raise ValueError(f"dropped pages: {fault}")
-    bits, view = bits_of(populated, nr_pfns), ffi.from_buffer("uint8_t[]", words)
+    bits, view = handle_of(populated, nr_pfns), ffi.from_buffer("uint8_t[]", words)
     lib.ck_drop_pages(ffi.cast("uint8_t *", image_address), bits, view, len(view) // 8)
 
 
 def merge(
     image_address: int, overlay_address: int, nr_pfns: int, overlay: Bitmap, populated: Bitmap
 ) -> None:
-    """Copy each page in `overlay` from the image at overlay_address, and mark it populated."""
+    """Copy each page in `overlay` from the image at overlay_address, and mark it populated. Raises ValueError if an
+    image is not page aligned.
+    """
+    _check_aligned(image_address)
     lib.ck_merge(
         ffi.cast("uint8_t *", image_address),
         ffi.cast("uint8_t *", overlay_address),
-        nr_pfns,
-        bits_of(overlay, nr_pfns),
-        bits_of(populated, nr_pfns),
+        handle_of(overlay, nr_pfns),
+        handle_of(populated, nr_pfns),
     )

@@ -248,10 +248,10 @@ def test_a_guest_that_always_rewrites_everything_is_given_up(pair: Pair) -> None
     everything: list[bool] = []
 
     def dirty_all(table: Table) -> None:
-        def harvest(original: Any, domain: Any, bitmap: Any, nr_pfns: int, mode: int) -> int:
-            rc = int(original(domain, bitmap, nr_pfns, mode))
-            for word in range(nr_pfns // 64 if everything else 0):
-                bitmap[word] = (1 << 64) - 1
+        def harvest(original: Any, domain: Any, bitmap: Any, mode: int) -> int:
+            rc = int(original(domain, bitmap, mode))
+            for word in range(bitmap.nr_bits // 64 if everything else 0):
+                bitmap.words[word] = bitmap.blocks[word // 4096] = (1 << 64) - 1
             return rc
 
         table.replace("harvest", harvest)

@@ -70,14 +70,14 @@ class Stale:
         table.replace("p2m_changes", self._p2m_changes)
         table.replace("harvest", self._harvest)
 
-    def _p2m_changes(self, original: Any, domain: Any, bitmap: Any, nr_pfns: int) -> int:
+    def _p2m_changes(self, original: Any, domain: Any, bitmap: Any) -> int:
         self._changes = original
-        return 0 if self.on else int(original(domain, bitmap, nr_pfns))
+        return 0 if self.on else int(original(domain, bitmap))
 
-    def _harvest(self, original: Any, domain: Any, bitmap: Any, nr_pfns: int, mode: int) -> int:
+    def _harvest(self, original: Any, domain: Any, bitmap: Any, mode: int) -> int:
         if self.on and self._changes:
-            self._changes(domain, bitmap, nr_pfns)
-        return int(original(domain, bitmap, nr_pfns, mode))
+            self._changes(domain, bitmap)
+        return int(original(domain, bitmap, mode))
 
 
 @planted_or_not
@@ -247,15 +247,15 @@ class Blind:
     def __init__(self, table: Table) -> None:
         table.replace("harvest", self._harvest)
 
-    def _harvest(self, original: Any, domain: Any, bitmap: Any, nr_pfns: int, mode: int) -> int:
-        before = [int(bitmap[word]) for word in range(nr_pfns // 64)]
-        rc = int(original(domain, bitmap, nr_pfns, mode))
+    def _harvest(self, original: Any, domain: Any, bitmap: Any, mode: int) -> int:
+        before = [int(bitmap.words[word]) for word in range(bitmap.nr_bits // 64)]
+        rc = int(original(domain, bitmap, mode))
         if self.on:
             for word, old in enumerate(before):
-                seen = int(bitmap[word])
+                seen = int(bitmap.words[word])
                 kept = old | (seen & 1 if word == 0 else 0)
                 self.missed += (seen & ~kept).bit_count()
-                bitmap[word] = kept
+                bitmap.words[word] = kept
             self.on = not self.missed
         return rc
 

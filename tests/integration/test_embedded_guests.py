@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from embedded_sides import capture, client_of
 from hosts import PATIENCE, SECOND, free_port, wait_exit, wait_step
+from plain_bitmap import PlainBitmap
 
 from checkpointd import faults
 from checkpointd.cli.main import main
@@ -84,8 +85,8 @@ def test_faults_of_the_table(primary: Side) -> None:
     with closing(domain):
         domain.enable_log()
         table = ffi.cast("struct ck_hypervisor *", domain.table)
-        bitmap = ffi.new("uint64_t[16]")
-        results = [table.harvest(table.domain, bitmap, 1024, 1) for _ in range(3)]
+        bitmap = PlainBitmap(ffi, 1024)
+        results = [table.harvest(table.domain, bitmap.pointer, 1) for _ in range(3)]
         assert results == [0, -errno.EIO, 0]
         suspends = [table.suspend(table.domain, 10 * SECOND) for _ in range(3)]
         assert suspends == [0, -errno.EIO, -errno.EIO]

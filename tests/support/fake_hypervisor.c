@@ -89,7 +89,7 @@ static int resume(void *domain)
     return fault(f, RESUME, 1);
 }
 
-static int harvest(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode)
+static int harvest(void *domain, struct ck_bitmap *bitmap, int mode)
 {
     struct fake *f = domain;
     int rc = fault(f, HARVEST, 0);
@@ -97,34 +97,31 @@ static int harvest(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode)
     note(f, mode == CK_HARVEST_FINAL ? 'F' : mode == CK_HARVEST_CLEAN ? 'C' : 'P');
     if (rc)
         return rc;
-    if (nr_pfns != f->nr_pfns || (mode == CK_HARVEST_FINAL) != f->suspended)
+    if (bitmap->nr_bits != f->nr_pfns || (mode == CK_HARVEST_FINAL) != f->suspended)
         return -EINVAL;
     rc = fault(f, HARVEST, 1); /* late here: the log is cleared and lost, as the port allows */
-    for (uint64_t i = 0; i < f->words; i++) {
-        if (!rc)
-            bitmap[i] |= f->log[i] | (mode == CK_HARVEST_FINAL ? f->held[i] : 0);
-        if (mode != CK_HARVEST_PEEK)
-            f->log[i] = 0;
-    }
+    if (!rc && mode == CK_HARVEST_FINAL)
+        ck_bitmap_take(bitmap, f->held, false);
+    if (!rc)
+        ck_bitmap_take(bitmap, f->log, false);
+    if (mode != CK_HARVEST_PEEK)
+        memset(f->log, 0, f->words * sizeof *f->log);
     return rc;
 }
 
-static int64_t p2m_changes(void *domain, uint64_t *bitmap, uint64_t nr_pfns)
+static int64_t p2m_changes(void *domain, struct ck_bitmap *bitmap)
 {
     struct fake *f = domain;
     int rc = fault(f, P2M, 0);
     int64_t count = 0;
 
     note(f, 'p');
-    if (rc || nr_pfns != f->nr_pfns)
+    if (rc || bitmap->nr_bits != f->nr_pfns)
         return rc ? rc : -EINVAL;
     rc = fault(f, P2M, 1);
-    for (uint64_t i = 0; i < f->words; i++) {
-        if (!rc)
-            bitmap[i] |= f->changed[i];
-        count += __builtin_popcountll(f->changed[i]);
-        f->changed[i] = 0;
-    }
+    if (!rc)
+        count = (int64_t)ck_bitmap_take(bitmap, f->changed, false);
+    memset(f->changed, 0, f->words * sizeof *f->changed);
     return rc ? rc : count;
 }
 

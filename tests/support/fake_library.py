@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).parents[2] / "checkpointd"
 CSRC = _PACKAGE / "csrc"
 XEN = _PACKAGE / "hypervisor" / "xen" / "csrc"
-# struct ck_hypervisor, as cffi takes it.
-TABLE: str = runpy.run_path(str(CSRC / "declared.py"))["struct"]("ck_hypervisor", CSRC / "hypervisor.h")
+# struct ck_hypervisor and what it speaks of, as cffi takes them.
+TABLE: str = runpy.run_path(str(CSRC / "declared.py"))["table"]()
 FLAGS = [
     "-shared",
     "-fPIC",

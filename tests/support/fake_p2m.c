@@ -94,14 +94,13 @@ static int resume(void *d)
     return 0;
 }
 
-static int harvest(void *d, uint64_t *bitmap, uint64_t nr_pfns, int mode)
+static int harvest(void *d, struct ck_bitmap *bitmap, int mode)
 {
     uint64_t log[MAX_PFNS / 64] = { 0 };
     struct xen_buffer buffer = { .memory = log };
 
-    xc_logdirty_control(NULL, DOMID, mode == CK_HARVEST_PEEK ? XEN_LOG_PEEK : XEN_LOG_CLEAN, &buffer, nr_pfns, 0, NULL);
-    for (uint64_t i = 0; i < (nr_pfns + 63) / 64; i++)
-        bitmap[i] |= log[i];
+    xc_logdirty_control(NULL, DOMID, mode == CK_HARVEST_PEEK ? XEN_LOG_PEEK : XEN_LOG_CLEAN, &buffer, bitmap->nr_bits, 0, NULL);
+    ck_bitmap_take(bitmap, log, false);
     return 0;
 }
 

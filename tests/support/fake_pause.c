@@ -10,7 +10,7 @@ static struct xen_libs libs = { XEN_FUNCTIONS(XEN_ENTRY) };
 static struct xen_domain *attached;
 static uint64_t requests;
 
-int64_t xen_p2m_changes(void *domain, uint64_t *bitmap, uint64_t nr_pfns)
+int64_t xen_p2m_changes(void *domain, struct ck_bitmap *bitmap)
 {
     return 0;
 }

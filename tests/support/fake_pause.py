@@ -8,6 +8,7 @@ from typing import Any
 from fake_hypervisor import SECOND
 from fake_library import TABLE
 from fake_xen import NODE, adapter, compile_fake_xen
+from plain_bitmap import PlainBitmap
 
 PEEK, CLEAN, FINAL = 0, 1, 2  # CK_HARVEST_*
 
@@ -58,9 +59,9 @@ class Guest:
         return int(self.lib.xen_log_begin(self.domain))
 
     def harvest(self, mode: int = CLEAN, nr_pfns: int = NR_PFNS) -> tuple[int, set[int]]:
-        bitmap = self.ffi.new("uint64_t[16]")
-        status = int(self.table.harvest(self.domain, bitmap, nr_pfns, mode))
-        return status, {pfn for pfn in range(1024) if bitmap[pfn // 64] >> pfn % 64 & 1}
+        bitmap = PlainBitmap(self.ffi, nr_pfns)
+        status = int(self.table.harvest(self.domain, bitmap.pointer, mode))
+        return status, bitmap.bits()
 
     def context(self, capacity: int = 4096) -> bytes | int:
         buffer = self.ffi.new("uint8_t[]", capacity)

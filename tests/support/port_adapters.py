@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from hosts import PATIENCE, SECOND, stop_host, wait_step
+from plain_bitmap import PlainBitmap
 
 from checkpointd.hypervisor.embedded import toolstack
 from checkpointd.hypervisor.embedded.fresh import FreshGuest
@@ -43,20 +44,20 @@ class Table:
     def resume(self) -> int:
         return int(self.table.resume(self.table.domain))
 
-    def harvest(self, mode: int, into: Any = None) -> set[int]:
-        bitmap = self.bitmap() if into is None else into
-        assert self.table.harvest(self.table.domain, bitmap, self.nr_pfns, mode) == 0
-        return self.bits(bitmap)
+    def harvest(self, mode: int, into: PlainBitmap | None = None) -> set[int]:
+        bitmap = into or self.bitmap()
+        assert self.table.harvest(self.table.domain, bitmap.pointer, mode) == 0
+        return bitmap.bits()
 
     def harvest_status(self, mode: int, nr_pfns: int | None = None) -> int:
-        nr = self.nr_pfns if nr_pfns is None else nr_pfns
-        return int(self.table.harvest(self.table.domain, self.bitmap(), nr, mode))
+        bitmap = PlainBitmap(ffi, nr_pfns or self.nr_pfns)
+        return int(self.table.harvest(self.table.domain, bitmap.pointer, mode))
 
     def p2m_changes(self) -> set[int]:
         bitmap = self.bitmap()
-        count = self.table.p2m_changes(self.table.domain, bitmap, self.nr_pfns)
-        assert count == len(self.bits(bitmap))
-        return self.bits(bitmap)
+        count = self.table.p2m_changes(self.table.domain, bitmap.pointer)
+        assert count == len(bitmap.bits())
+        return bitmap.bits()
 
     def types(self, *pfns: int) -> list[int]:
         words = ffi.new("uint64_t[]", list(pfns))
@@ -90,18 +91,8 @@ class Table:
         assert self.resume() == 0
         return closed
 
-    def bitmap(self) -> Any:
-        return ffi.new("uint64_t[]", (self.nr_pfns + 63) // 64)
-
-    @staticmethod
-    def bits(bitmap: Any) -> set[int]:
-        return {
-            64 * at + bit
-            for at, word in enumerate(bitmap)
-            if word
-            for bit in range(64)
-            if word >> bit & 1
-        }
+    def bitmap(self) -> PlainBitmap:
+        return PlainBitmap(ffi, self.nr_pfns)
 
 
 def page(base: Any, index: int) -> bytes:

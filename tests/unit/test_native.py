@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import random
 import shutil
 import struct
@@ -204,7 +205,7 @@ def test_a_stale_module_is_noticed(tmp_path: Path) -> None:
     copy = tmp_path / "csrc"
     shutil.copytree(CSRC, copy)
     native.refuse_stale("checkpointd._native", compiled, copy)
-    with (copy / "scan.c").open("a") as source:
+    with (copy / "bitmap.c").open("a") as source:
         source.write("/* changed */\n")
     with pytest.raises(NativeError, match=r"checkpointd\._native .*rebuild"):
         native.refuse_stale("checkpointd._native", compiled, copy)
@@ -250,6 +251,47 @@ def bitmap_of(size: int, bits: set[int]) -> Bitmap:
     for bit in bits:
         bitmap.add(bit)
     return bitmap
+
+
+# Around words and blocks (csrc/bitmap.h): a block is 4096 bits, and one that is empty is passed over.
+SIZES = st.sampled_from([1, 63, 64, 65, 4095, 4096, 4097, 3 * 4096, 70 * 4096 + 5])
+
+
+@given(size=SIZES, data=st.data())
+def test_what_is_passed_over_is_empty_whatever_was_done(size: int, data: st.DataObject) -> None:
+    ours = [Bitmap(size), Bitmap(size)]
+    sets: list[set[int]] = [set(), set()]
+    for _ in range(data.draw(st.integers(1, 12))):
+        i = data.draw(st.integers(0, 1))
+        match data.draw(
+            st.sampled_from(["add", "update", "clear", "fill", "count", "any", "copy"])
+        ):
+            case "add":
+                first = data.draw(st.integers(0, size - 1))
+                count = data.draw(st.integers(0, min(size - first, 5000)))
+                ours[i].add(first, count)
+                sets[i] |= set(range(first, first + count))
+            case "update":
+                ours[i].update(ours[1 - i])
+                sets[i] |= sets[1 - i]
+            case "clear":
+                ours[i].clear()
+                sets[i] = set()
+            case "fill":
+                ours[i].fill()
+                sets[i] = set(range(size))
+            case "count":
+                assert ours[i].count() == len(sets[i])
+            case "any":
+                assert bool(ours[i]) is bool(sets[i])
+            case "copy":
+                ours[i] = Bitmap.from_bytes(size, bytes(ours[1 - i]))
+                sets[i] = set(sets[1 - i])
+    for bitmap, expected in zip(ours, sets, strict=True):
+        assert list(bitmap) == sorted(expected)
+        assert bitmap.count() == len(expected)
+        assert int.from_bytes(bytes(bitmap), "little") == sum(1 << bit for bit in expected)
+        assert all((bit in bitmap) is (bit in expected) for bit in (0, size // 2, size - 1, size))
 
 
 @given(BITS)
@@ -319,7 +361,7 @@ class Image:
     """An image as the code under test changes it, and beside it a dict as the oracle would."""
 
     def __init__(self) -> None:
-        self.memory = bytearray(NR_PFNS * PAGE)
+        self.memory = mmap.mmap(-1, NR_PFNS * PAGE)
         self.address = native.address_of(self.memory)
         self.populated = Bitmap(NR_PFNS)
         self.oracle: dict[int, bytes] = {}
@@ -327,7 +369,7 @@ class Image:
     def check(self) -> None:
         assert set(self.populated) == set(self.oracle)
         expected = b"".join(self.oracle.get(pfn, bytes(PAGE)) for pfn in range(NR_PFNS))
-        assert self.memory == expected
+        assert self.memory[:] == expected
 
 
 DATA_TYPES = (0, 1, 2, 3, 4, 9, 10, 11, 12)
@@ -443,6 +485,8 @@ def test_a_good_record_is_good_only_for_its_guest() -> None:
     assert "pfn word 2" in (native.check_record(GOOD, 7) or "")
     with pytest.raises(ValueError, match="bitmap of 64"):
         native.scatter(0, NR_PFNS, Bitmap(64), GOOD)
+    with pytest.raises(ValueError, match="no multiple of 4096"):
+        native.scatter(native.address_of(bytes(PAGE)) | 8, NR_PFNS, Bitmap(NR_PFNS), GOOD)
 
 
 @given(st.binary(max_size=200), st.integers(0, 199))
@@ -510,3 +554,22 @@ def test_an_address_is_that_of_the_octets() -> None:
     address = native.address_of(memory)
     assert native.address_of(memoryview(memory)[1:]) == address + 1
     assert library.ffi.string(library.ffi.cast("char *", address + 1)) == b"bc"
+
+
+@given(ENTRIES)
+def test_what_words_name_is_marked(entries: list[tuple[int, int]]) -> None:
+    words = struct.pack(f"<{len(entries)}Q", *(kind << 60 | pfn for kind, pfn in entries))
+    pfns = Bitmap(NR_PFNS)
+    native.mark(pfns, words)
+    assert set(pfns) == {pfn for _, pfn in entries}
+
+
+@given(st.lists(st.tuples(st.sampled_from(DATA_TYPES + GONE_TYPES), st.integers(0, 9 * 512 + 3))))
+def test_extents_that_lack_memory_are_those_of_pages_with_data(
+    entries: list[tuple[int, int]],
+) -> None:
+    words = struct.pack(f"<{len(entries)}Q", *(kind << 60 | pfn for kind, pfn in entries))
+    missing, reserved = Bitmap(10), bitmap_of(10, {0, 3, 9})
+    native.mark_extents(missing, reserved, words)
+    named = {pfn // 512 for kind, pfn in entries if kind in DATA_TYPES}
+    assert set(missing) == named - {0, 3, 9}

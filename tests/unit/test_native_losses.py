@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import random
 from typing import TYPE_CHECKING
 
@@ -125,7 +126,7 @@ def test_a_replica_follows_its_guest_through_any_misfortune(
     dice = random.Random(seed)
     nr_pfns = 2 * EXTENT + 40
     guest = make_guest(nr_pfns=nr_pfns, budget=dice.choice([1, 2, 9]), capacity=200)
-    image, populated = bytearray(nr_pfns * PAGE), Bitmap(nr_pfns)
+    image, populated = mmap.mmap(-1, nr_pfns * PAGE), Bitmap(nr_pfns)
     address = native.address_of(image)
     cursor = 0
     guest.pending.fill()  # a new engine trusts no log

@@ -51,6 +51,7 @@ WAYS = ("nothing", "floor", "floor with the log", "xl remus", "checkpointd")
 FLOOR = """
 import signal, sys, time
 from checkpointd.hypervisor.xen.lib import check, ffi, lib, open_libs
+from checkpointd.native import Bitmap
 domid, interval, log = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "log"
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
@@ -59,14 +60,15 @@ libs = open_libs(untested=False)
 check(lib.xen_domain_new(libs, domid, made), "cannot attach")
 table = ffi.cast("struct ck_hypervisor *", lib.xen_domain_table(made[0]))
 nr_pfns = lib.xen_domain_nr_pfns(made[0])
-bitmap = ffi.new("uint64_t[]", (nr_pfns + 63) // 64)
+bitmap = Bitmap(nr_pfns)
+pointer = ffi.cast("struct ck_bitmap *", bitmap.address)
 if log:
     check(lib.xen_p2m_begin(made[0], False, ffi.new("uint16_t *")), "no map")
     check(lib.xen_log_begin(made[0]), "no log")
 due = time.monotonic()
 while not stop:
     assert table.suspend(table.domain, 10**10) == 0
-    assert not log or table.harvest(table.domain, bitmap, nr_pfns, lib.CK_HARVEST_FINAL) == 0
+    assert not log or table.harvest(table.domain, pointer, lib.CK_HARVEST_FINAL) == 0
     assert table.resume(table.domain) == 0
     due = max(due + interval, time.monotonic())
     time.sleep(max(0.0, due - time.monotonic()))

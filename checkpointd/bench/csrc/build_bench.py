@@ -20,6 +20,7 @@ ffi.cdef(
     int64_t bench_now(void);
     void bench_evict(uint8_t *buffer, uint64_t octets);
     int64_t bench_copy_pages(uint8_t *to, const uint8_t *memory, const uint64_t *pfns, uint64_t n);
+    int64_t bench_put_pages(uint8_t *memory, const uint8_t *from, const uint64_t *pfns, uint64_t n);
     int64_t bench_copy(uint8_t *to, const uint8_t *from, uint64_t octets);
 
     /* standin.h */
@@ -38,7 +39,7 @@ ffi.cdef(
 ffi.set_source(
     "checkpointd._bench",
     f"""
-    #define CK_SOURCE_HASH "{tools["source_hash"](HERE, PORT / "hypervisor.h")}"
+    #define CK_SOURCE_HASH "{tools["source_hash"](HERE, PORT / "hypervisor.h", PORT / "bitmap.h")}"
     #include "floors.h"
     #include "libxc.h"
     #include "standin.h"
@@ -46,7 +47,12 @@ ffi.set_source(
     sources=[str(path) for path in tools["sources"](HERE) if path.suffix == ".c"],
     depends=[
         str(path)
-        for path in (*tools["sources"](HERE), PORT / "hypervisor.h", PORT / "strict.h")
+        for path in (
+            *tools["sources"](HERE),
+            PORT / "hypervisor.h",
+            PORT / "bitmap.h",
+            PORT / "strict.h",
+        )
         if path.suffix != ".c"
     ],
     include_dirs=[str(HERE), str(PORT)],

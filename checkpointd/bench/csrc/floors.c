@@ -29,6 +29,15 @@ int64_t bench_copy_pages(uint8_t *to, const uint8_t *memory, const uint64_t *pfn
     return bench_now() - began;
 }
 
+int64_t bench_put_pages(uint8_t *memory, const uint8_t *from, const uint64_t *pfns, uint64_t n)
+{
+    int64_t began = bench_now();
+
+    for (uint64_t i = 0; i < n; i++)
+        memcpy(memory + pfns[i] * CK_PAGE_SIZE, from + i * CK_PAGE_SIZE, CK_PAGE_SIZE);
+    return bench_now() - began;
+}
+
 int64_t bench_copy(uint8_t *to, const uint8_t *from, uint64_t octets)
 {
     int64_t began = bench_now();

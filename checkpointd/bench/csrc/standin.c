@@ -30,25 +30,18 @@ static int resume(void *domain)
     return 0;
 }
 
-/* As an adapter does that is given the log as one bitmap, such as Xen's: read once, and cleared. */
-static int harvest(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode)
+static int harvest(void *domain, struct ck_bitmap *bitmap, int mode)
 {
     struct standin *s = domain;
 
-    for (uint64_t i = 0; i < nr_words(nr_pfns); i++)
-        if (s->log[i]) {
-            bitmap[i] |= s->log[i];
-            if (mode != CK_HARVEST_PEEK)
-                s->log[i] = 0;
-        }
+    ck_bitmap_take(bitmap, s->log, mode != CK_HARVEST_PEEK);
     return 0;
 }
 
-static int64_t p2m_changes(void *domain, uint64_t *bitmap, uint64_t nr_pfns)
+static int64_t p2m_changes(void *domain, struct ck_bitmap *bitmap)
 {
     (void)domain;
     (void)bitmap;
-    (void)nr_pfns;
     return 0;
 }
 

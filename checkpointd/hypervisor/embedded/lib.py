@@ -30,6 +30,7 @@ refuse_stale(
     ffi.string(lib.CK_SOURCE_HASH).decode(),
     _SOURCES,
     _SOURCES.parents[2] / "csrc" / "hypervisor.h",  # whose struct it fills
+    _SOURCES.parents[2] / "csrc" / "bitmap.h",
 )
 
 # The points in C, by the names that CHECKPOINTD_FAULTS uses (faults.py).

@@ -35,6 +35,7 @@ refuse_stale(
     ffi.string(lib.CK_SOURCE_HASH).decode(),
     _SOURCES,
     _PORT / "hypervisor.h",  # whose struct it fills
+    _PORT / "bitmap.h",
     _PORT / "strict.h",
 )
 

@@ -104,7 +104,7 @@ ffi.cdef(
 ffi.set_source(
     "checkpointd._embedded",
     f"""
-    #define CK_SOURCE_HASH "{tools["source_hash"](HERE, PORT / "hypervisor.h")}"
+    #define CK_SOURCE_HASH "{tools["source_hash"](HERE, PORT / "hypervisor.h", PORT / "bitmap.h")}"
     #include "client.h"
     #include "guest.h"
     #include "host.h"
@@ -113,7 +113,7 @@ ffi.set_source(
     # Headers and this file reach an sdist, and a change of one a rebuild, only by being named here.
     depends=[
         str(path)
-        for path in (*tools["sources"](HERE), PORT / "hypervisor.h")
+        for path in (*tools["sources"](HERE), PORT / "hypervisor.h", PORT / "bitmap.h")
         if path.suffix != ".c"
     ],
     include_dirs=[str(HERE)],

@@ -123,22 +123,7 @@ static int hv_resume(void *domain)
     return gone(client);
 }
 
-static int64_t collect(uint64_t *from, uint64_t *into, uint64_t nr_pfns, bool clear)
-{
-    int64_t found = 0;
-
-    for (uint64_t w = 0; w < bitmap_words(nr_pfns); w++) {
-        if (!from[w])
-            continue;
-        found += __builtin_popcountll(from[w]);
-        into[w] |= from[w];
-        if (clear)
-            from[w] = 0;
-    }
-    return found;
-}
-
-static int hv_harvest(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode)
+static int hv_harvest(void *domain, struct ck_bitmap *bitmap, int mode)
 {
     struct client *client = domain;
     struct control *c = client->control;
@@ -146,29 +131,29 @@ static int hv_harvest(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode
 
     if (fault_pass(&client->faults, FAULT_HARVEST) != 0)
         return -EIO;
-    if (nr_pfns != c->nr_pfns || mode < CK_HARVEST_PEEK || mode > CK_HARVEST_FINAL
+    if (bitmap->nr_bits != c->nr_pfns || mode < CK_HARVEST_PEEK || mode > CK_HARVEST_FINAL
         || (mode == CK_HARVEST_FINAL && !suspended(client)))
         return -EINVAL;
     log_lock(c);
     if (c->log_on) {
-        collect(control_dirty(c), bitmap, nr_pfns, mode != CK_HARVEST_PEEK);
+        ck_bitmap_take(bitmap, control_dirty(c), mode != CK_HARVEST_PEEK);
         rc = 0;
     }
     log_unlock(c);
     return rc;
 }
 
-static int64_t hv_p2m_changes(void *domain, uint64_t *bitmap, uint64_t nr_pfns)
+static int64_t hv_p2m_changes(void *domain, struct ck_bitmap *bitmap)
 {
     struct client *client = domain;
     struct control *c = client->control;
 
     if (fault_pass(&client->faults, FAULT_P2M_CHANGES) != 0)
         return -EIO;
-    if (nr_pfns != c->nr_pfns)
+    if (bitmap->nr_bits != c->nr_pfns)
         return -EINVAL;
     log_lock(c);
-    int64_t found = collect(control_changed(c), bitmap, nr_pfns, true);
+    int64_t found = (int64_t)ck_bitmap_take(bitmap, control_changed(c), true);
     log_unlock(c);
     return found;
 }

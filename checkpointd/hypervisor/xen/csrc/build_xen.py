@@ -112,7 +112,7 @@ ffi.cdef(
 ffi.set_source(
     "checkpointd._xen",
     f"""
-    #define CK_SOURCE_HASH "{tools["source_hash"](HERE, PORT / "hypervisor.h", PORT / "strict.h")}"
+    #define CK_SOURCE_HASH "{tools["source_hash"](HERE, PORT / "hypervisor.h", PORT / "bitmap.h", PORT / "strict.h")}"
     #include <stdlib.h>
     #include "domain.h"
     #include "p2m.h"
@@ -121,7 +121,7 @@ ffi.set_source(
     # Headers and this file reach an sdist, and a change of one a rebuild, only by being named here.
     depends=[
         str(path)
-        for path in (*tools["sources"](HERE), PORT / "hypervisor.h", PORT / "strict.h")
+        for path in (*tools["sources"](HERE), PORT / "hypervisor.h", PORT / "bitmap.h", PORT / "strict.h")
         if path.suffix != ".c"
     ],
     include_dirs=[str(HERE), str(PORT)],

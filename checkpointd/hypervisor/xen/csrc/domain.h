@@ -81,11 +81,11 @@ void xen_domain_signs(const struct xen_domain *domain, struct xen_signs *signs);
 /* Functions of the table that are not of the p2m; see hypervisor.h. */
 int xen_suspend(void *domain, int64_t timeout_ns);       /* suspend.c */
 int xen_resume_ours(void *domain);
-int xen_harvest(void *domain, uint64_t *bitmap, uint64_t nr_pfns, int mode); /* log.c */
+int xen_harvest(void *domain, struct ck_bitmap *bitmap, int mode); /* log.c */
 int64_t xen_context(void *domain, uint8_t *buffer, uint64_t capacity);       /* context.c */
 
 /* The p2m (p2m.c, invalidation.c). */
-int64_t xen_p2m_changes(void *domain, uint64_t *bitmap, uint64_t nr_pfns);
+int64_t xen_p2m_changes(void *domain, struct ck_bitmap *bitmap);
 int xen_types(void *domain, uint64_t *pfns, uint32_t count);
 int xen_map(void *domain, uint64_t first_pfn, uint32_t count, void **base);
 int xen_unmap(void *domain, void *base, uint32_t count);

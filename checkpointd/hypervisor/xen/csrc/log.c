@@ -138,13 +138,12 @@ static int read_log(struct xen_domain *d, unsigned operation, unsigned mode)
     return 0;
 }
 
-int xen_harvest(void *domain, uint64_t *restrict bitmap, uint64_t nr_pfns, int mode)
+int xen_harvest(void *domain, struct ck_bitmap *bitmap, int mode)
 {
     struct xen_domain *d = domain;
-    const uint64_t *restrict log = d->log.memory;
     int rc;
 
-    if (!d->log_on || nr_pfns != d->nr_pfns || (mode == CK_HARVEST_FINAL && !d->suspended))
+    if (!d->log_on || bitmap->nr_bits != d->nr_pfns || (mode == CK_HARVEST_FINAL && !d->suspended))
         return -EINVAL;
     /* xl save and xl migrate read the log once more when the guest has stopped for them: not ours to clear. */
     if (mode == CK_HARVEST_CLEAN && xen_stands_for_others(d))
@@ -153,9 +152,7 @@ int xen_harvest(void *domain, uint64_t *restrict bitmap, uint64_t nr_pfns, int m
                   mode == CK_HARVEST_FINAL ? XEN_LOG_MODE_FINAL : 0);
     if (rc)
         return rc;
-    for (uint64_t i = 0; i < (nr_pfns + 63) / 64; i++)
-        if (log[i])
-            bitmap[i] |= log[i];
+    ck_bitmap_take(bitmap, d->log.memory, false);
     rc = look_for_canary(d);
     if (mode != CK_HARVEST_PEEK) {
         int sent = send_out_canary(d);

@@ -110,17 +110,15 @@ uint64_t xen_p2m_requests(const struct xen_domain *domain)
 
 /* ------------------------------------------------------------ changes */
 
-static int64_t tell_all(struct xen_p2m *p2m, uint64_t *bitmap)
+static int64_t tell_all(struct xen_p2m *p2m, struct ck_bitmap *bitmap)
 {
     memset(p2m->hole, 0, p2m->words * sizeof(uint64_t));
     memset(p2m->present, 0, p2m->words * sizeof(uint64_t));
-    memset(bitmap, 0xff, p2m->nr_pfns / 64 * sizeof(uint64_t));
-    if (p2m->nr_pfns % 64)
-        bitmap[p2m->words - 1] |= (1ull << p2m->nr_pfns % 64) - 1;
+    ck_bitmap_fill(bitmap);
     return (int64_t)p2m->nr_pfns;
 }
 
-int64_t xen_p2m_changes(void *context, uint64_t *bitmap, uint64_t nr_pfns)
+int64_t xen_p2m_changes(void *context, struct ck_bitmap *bitmap)
 {
     struct xen_domain *domain = context;
     struct xen_p2m *p2m = domain->p2m;
@@ -129,7 +127,7 @@ int64_t xen_p2m_changes(void *context, uint64_t *bitmap, uint64_t nr_pfns)
     int raised, rc;
     bool changed;
 
-    if (nr_pfns != p2m->nr_pfns)
+    if (bitmap->nr_bits != p2m->nr_pfns)
         return -EINVAL;
     raised = xen_invalidation_take(domain->invalidation);
     if (raised < 0)
@@ -145,7 +143,7 @@ int64_t xen_p2m_changes(void *context, uint64_t *bitmap, uint64_t nr_pfns)
     if (!changed || p2m->deaf)
         return 0;
     rc = xen_nr_pfns(p2m->libs, p2m->domid, &now);
-    if (rc == 0 && now > nr_pfns) {
+    if (rc == 0 && now > p2m->nr_pfns) {
         domain->grown = true;
         rc = -ERANGE;
     }
