@@ -26,6 +26,11 @@ class Bitmap:
         lib.ck_bitmap_init(self.handle, self._memory, nr_bits)
 
     @property
+    def address(self) -> int:
+        """Of its struct ck_bitmap, for another compiled module."""
+        return int(ffi.cast("uintptr_t", self.handle))
+
+    @property
     def _octets(self) -> int:
         """Of the words that have bits."""
         return (self.nr_bits + 63) // 64 * 8

@@ -13,6 +13,7 @@ from typing import Any
 from checkpointd.hypervisor.xen.devices import Allowances
 from checkpointd.hypervisor.xen.hypervisor import XenHypervisor
 from checkpointd.hypervisor.xen.lib import Store, check, ffi, lib, open_libs
+from checkpointd.native import Bitmap
 
 ALL = Allowances(disk=True, output=True, untested=False)
 SUSPEND_TIMEOUT = 300 * 10**9  # ns; software emulation beside other hosts is slow
@@ -32,9 +33,9 @@ def engine(domid: int, run_dir: Path, step: str) -> None:
     elif step != "attached":
         check(table.suspend(table.domain, SUSPEND_TIMEOUT), "suspend")
     if step in ("harvested", "resumed"):
-        nr_pfns = domain.info.nr_pfns
-        bitmap = ffi.new("uint64_t[]", (nr_pfns + 63) // 64)
-        check(table.harvest(table.domain, bitmap, nr_pfns, lib.CK_HARVEST_FINAL), "harvest")
+        bitmap = Bitmap(domain.info.nr_pfns)
+        harvested = ffi.cast("struct ck_bitmap *", bitmap.address)
+        check(table.harvest(table.domain, harvested, lib.CK_HARVEST_FINAL), "harvest")
     if step == "resumed":
         check(table.resume(table.domain), "resume")
     sys.stdout.write("there\n")
