@@ -78,7 +78,7 @@ class Guest:
     def url(self, role: str) -> str:
         """Where the daemon of that role serves HTTP."""
         (path,) = (self.rig.run_dir / "daemons").glob(f"{role}-*.json")
-        return str(json.loads(path.read_text(encoding="utf-8"))["http"])
+        return url_of(path)
 
     def close(self) -> None:
         for transport in self._transports:
@@ -96,6 +96,16 @@ class Guest:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def url_of(entry: Path) -> str:
+    """Where the daemon with that entry on the list of daemons serves HTTP."""
+    return str(json.loads(entry.read_text(encoding="utf-8"))["http"])
+
+
+def fetch_json(entry: Path, what: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(fetch(url_of(entry) + what))
+    return document
 
 
 def fetch(url: str) -> bytes:
