@@ -58,10 +58,21 @@ class Guest:
         self, interval: str, *, secondary: tuple[str, ...] = (), primary: tuple[str, ...] = ()
     ) -> Daemon:
         """Until it is protected; `secondary` and `primary` are further words for each."""
-        self.standby = self.rig.secondary(*secondary).ready()
-        self.engine = self.rig.primary(DOMID, "--interval", interval, *primary)
+        self.begin(interval, secondary=secondary, primary=primary)
         self.engine.state("protected", timeout=COPIED)
         return self.engine
+
+    def begin(
+        self, interval: str, *, secondary: tuple[str, ...] = (), primary: tuple[str, ...] = ()
+    ) -> Daemon:
+        """The same, until the engine begins."""
+        self.standby = self.rig.secondary(*secondary).ready()
+        self.engine = self.rig.primary(DOMID, "--interval", interval, *primary).ready()
+        return self.engine
+
+    def pause(self) -> None:
+        """It stands still from here on."""
+        toolstack.pause(self._info)
 
     def unprotect(self) -> None:
         """In order: the guest goes on by itself."""

@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from checkpointd.bench.turns import Figure
 
 # In the order in which they are run and reported.
-NAMES = ("pause", "fixed", "libxc", "whole", "commit", "latency", "loss", "guests", "failover")
+NAMES = (
+    "pause",
+    "fixed",
+    "libxc",
+    "whole",
+    "copy",
+    "commit",
+    "latency",
+    "loss",
+    "guests",
+    "failover",
+)
 
 
 class Size(Enum):
