@@ -6,5 +6,5 @@ beside them and mean nothing anywhere else. A goal that is missed fails nothing:
 
 turns: measuring in turns, and what comes of it (pure but for the calls it is given) · machine: on what was measured ·
 standin: a domain for the native pause, with floors and rivals in csrc/ · scenarios/: one module for each · report: as
-text, JSON, Markdown and plots.
+text, JSON and Markdown · plots.
 """

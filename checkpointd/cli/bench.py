@@ -38,6 +38,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
+        "--plots", type=Path, metavar="DIR",
+        help="draw what has a size to be drawn against, as DIR/SCENARIO.png (needs matplotlib)",
+    )  # fmt: skip
+    parser.add_argument(
         "--report", type=Path, metavar="FILE",
         help="put each scenario's table into its place in this Markdown file, such as docs/performance.md",
     )  # fmt: skip
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.scenarios if name not in NAMES]
     if unknown:
         raise UsageError(f"no scenario {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    from checkpointd.bench import report, scenarios  # slow to import: not for --help
+    from checkpointd.bench import plots, report, scenarios  # slow to import: not for --help
     from checkpointd.bench.machine import this_machine
 
     machine = this_machine()
@@ -64,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
                 print(report.line(figure), flush=True)
         if args.report:
             report.put_section(args.report, name, report.as_markdown(results[name], machine))
+    if args.plots:
+        plots.draw(args.plots, results)
     if args.json:
         print(json.dumps(report.as_json(results, machine)))
     return 0

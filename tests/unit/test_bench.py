@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from checkpointd.bench import report
+from checkpointd.bench import plots, report
 from checkpointd.bench.machine import this_machine
 from checkpointd.bench.scenarios import NAMES
 from checkpointd.bench.standin import BenchError, Copies, Standin, scattered
@@ -166,3 +166,18 @@ def test_a_report_goes_into_its_place(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="has no lines `<!-- fixed: begin -->`"):
         report.put_section(path, "fixed", "new\n")
+
+
+def test_plots_are_of_what_has_a_size(tmp_path: Path) -> None:
+    figures = [
+        compare("x", "us/page", [1.0, 2.0], "memcpy", [2.0, 2.0], pages=pages, kind="scattered")
+        for pages in (2_000, 200)
+    ]
+    other = [Figure("y", "ms", Spread.of([1.0]))]
+    (made,) = plots.draw(tmp_path / "plots", {"pause": figures, "latency": other})
+    assert made == tmp_path / "plots" / "pause.png"
+    assert made.read_bytes().startswith(b"\x89PNG")
+    assert plots._lines(figures, "pages") == {
+        "checkpointd scattered": [(200, figures[1].ours), (2_000, figures[0].ours)],
+        "memcpy": [(200, figures[1].other), (2_000, figures[0].other)],
+    }

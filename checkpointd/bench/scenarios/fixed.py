@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from checkpointd.bench.scenarios import Size
@@ -13,37 +15,49 @@ if TYPE_CHECKING:
 
     from checkpointd.bench.machine import Machine
 
-TEXT = "an epoch with nothing dirty, of a sparse map of 16 Mi frames, and against one of a 64th"
+TEXT = "an epoch with nothing dirty, of sparse maps of up to 64 GiB"
 
-# (frames of the large map, memory behind it in pages, rounds)
-SIZES = {Size.SMALL: (1 << 20, 1 << 12, 5), Size.FULL: (1 << 24, 1 << 18, 200)}
-SMALLER = 64  # times: the other guest's map
+# (frames of the maps, memory behind each in pages, rounds)
+SIZES = {
+    Size.SMALL: ((1 << 14, 1 << 20), 1 << 12, 5),
+    Size.FULL: ((1 << 18, 1 << 20, 1 << 22, 1 << 24), 1 << 18, 200),  # 1, 4, 16 and 64 GiB
+}
 ARENA = 4096  # pages
-AT_MOST = Goal(0.3)  # ms
-FLAT = Goal(1.5)  # of the large map's to the small one's
+AT_MOST = Goal(0.3)  # ms, of the largest
+FLAT = Goal(1.5)  # of each to the smallest
 
 
 def run(size: Size, machine: Machine) -> Iterator[Figure]:
     frames, memory, rounds = SIZES[size]
     evictor = Evictor(machine.eviction)
-    with (
-        Standin(frames, memory_pages=memory, arena_pages=ARENA) as large,
-        Standin(frames // SMALLER, memory_pages=min(memory, frames // SMALLER), arena_pages=ARENA) as small,
-    ):  # fmt: skip
-        for domain in (large, small):
+    with ExitStack() as stack:
+        domains = {
+            nr_pfns: stack.enter_context(
+                Standin(nr_pfns, memory_pages=min(memory, nr_pfns), arena_pages=ARENA)
+            )
+            for nr_pfns in frames
+        }
+        for domain in domains.values():
             domain.map_all()
-        taken = in_turns(
-            {
-                "large": lambda: float(large.pause().pause_ns),
-                "small": lambda: float(small.pause().pause_ns),
-            },
-            rounds,
-            between=evictor.evict,
+        ways = {str(nr_pfns): partial(_pause, domain) for nr_pfns, domain in domains.items()}
+        taken = in_turns(ways, rounds, between=evictor.evict)
+    smallest = taken[str(frames[0])]
+    for nr_pfns in frames:
+        pauses = taken[str(nr_pfns)]
+        what = f"nothing dirty, {nr_pfns >> 10:,} Ki frames"
+        goal = AT_MOST if nr_pfns == frames[-1] else None
+        yield Figure(
+            what,
+            "ms",
+            Spread.of([ns * 1e-6 for ns in pauses]),
+            goal=goal,
+            notes={"frames": nr_pfns},
         )
-    what = f"nothing dirty, {frames >> 20} Mi frames"
-    in_ms = [ns * 1e-6 for ns in taken["large"]]
-    yield Figure(what, "ms", Spread.of(in_ms), goal=AT_MOST, notes={"frames": frames})
-    yield compare(
-        what, "ms", taken["large"], f"{frames // SMALLER >> 10} Ki frames", taken["small"], FLAT,
-        scale=1e-6, frames=frames,
-    )  # fmt: skip
+        if nr_pfns != frames[0]:
+            yield compare(
+                f"{what}, to the smallest", "ms", pauses, "the smallest", smallest, FLAT, scale=1e-6
+            )
+
+
+def _pause(domain: Standin) -> float:
+    return domain.pause().pause_ns

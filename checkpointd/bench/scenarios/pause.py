@@ -67,5 +67,5 @@ def _figure(
         f"{len(pfns):,} pages, {kind}", "us/page", taken["ours"],
         "one memcpy" if contiguous else "memcpy, page by page", taken["floor"],
         (CONTIGUOUS if contiguous else SCATTERED) if len(pfns) >= FROM else None,
-        scale=1e-3 / len(pfns), pages=len(pfns), staging_share=round(sum(staged) / sum(taken["ours"]), 3),
+        scale=1e-3 / len(pfns), pages=len(pfns), kind=kind, staging_share=round(sum(staged) / sum(taken["ours"]), 3),
     )  # fmt: skip
