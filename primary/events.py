@@ -46,6 +46,7 @@ class Staged:
     pages: int
     left: int = 0
     closed: int | None = None  # the output epoch it closed, by a pause that did
+    pause_ns: int = 0  # how long the guest stood still for it
 
 
 @dataclass(frozen=True, slots=True)

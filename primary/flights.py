@@ -17,6 +17,7 @@ class Flight:
     part: int
     final: bool
     closed: int | None  # the output epoch that it closed
+    staged_ns: int
     sent: bool = False  # handed to the shipper
     shipped: bool = False  # ZeroMQ has let go of the arena
     acked: bool = False

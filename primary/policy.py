@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .pacing import AddedLatency, Fixed, PauseShare
+
+if TYPE_CHECKING:
+    from checkpointd.daemon.config import PrimaryOptions
+
+    from .pacing import Pace
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Times in nanoseconds."""
 
-    interval_ns: int
+    pace: Pace
     arenas: int
     arena_pages: int
     ram_pages: int
@@ -26,3 +34,13 @@ class Policy:
     ask_every_ns: int = 500_000_000
     # How often it is looked whether a silent standby is gone by now; a look may hold the loop for a second.
     look_every_ns: int = 5_000_000_000
+
+
+def pace_of(options: PrimaryOptions) -> Pace:
+    """The interval that the user has chosen, or how it is to be chosen."""
+    if options.interval is not None:
+        return Fixed(options.interval)
+    if options.pause_share is not None:
+        return PauseShare(options.pause_share)
+    assert options.added_latency is not None, "one of them goes with auto"
+    return AddedLatency(options.added_latency)

@@ -62,7 +62,7 @@ class Protection:
         self.part = 0
         self.acked_epoch: int | None = None
         self.output_shut = output_shut
-        self.pacer = Pacer(policy.interval_ns, now)
+        self.pacer = Pacer(policy.pace, now)
         self._rounds = self._new_rounds()  # for the epoch in the making
         self._live = True  # copying while the guest runs, until the dirty set fits an arena
         self._copying = False  # the standby has said what it has; parts may be staged
@@ -238,7 +238,7 @@ class Protection:
         self._progress_ns = now
         final = not self._live
         if final or event.pages:
-            flight = Flight(event.arena, self.epoch, self.part, final, event.closed)
+            flight = Flight(event.arena, self.epoch, self.part, final, event.closed, now)
             self._flights.take_off(flight)
             self.part += 1
         else:
@@ -251,6 +251,7 @@ class Protection:
             self.epoch += 1
             self.part = 0
             self._rounds = self._new_rounds()
+            self.pacer.interval.paused(event.pause_ns)
             self.pacer.started(now)
         else:
             # Once the rounds are used up it is stopped all the same: either it fits now, or it is given up.
@@ -301,6 +302,7 @@ class Protection:
             return
         out.append(e.Settle(head.arena, head.epoch))
         self.acked_epoch = head.epoch
+        self.pacer.interval.acked(now - head.staged_ns)
         if head.closed is not None:
             out.append(e.Release(head.closed))
         if self.state is State.SYNCING:

@@ -20,6 +20,7 @@ from checkpointd.hypervisor.port import EndReason
 from .capture import Capture, GuestEndedError, Limits
 from .figures import Pauses
 from .pacing import Pacer
+from .policy import pace_of
 from .service import Ending
 from .watchdog import Watchdog
 
@@ -143,6 +144,7 @@ class Recording:
         self._copied = 0
         self._dirty = 0
         self._pauses = Pauses()
+        self._pacer = Pacer(pace_of(options), time.monotonic_ns())
         self.on_progress: Callable[[int, int], None] | None = None  # (pages copied, pages of RAM)
         self.on_state: Callable[[str], object] | None = None
 
@@ -166,7 +168,7 @@ class Recording:
             "epoch": self._epochs + 1,
             "recorded_epochs": self._epochs,
             "recorded_bytes": self._file.octets,
-            "interval_ns": self._options.interval,
+            "interval_ns": self._pacer.interval.ns,
             **self._pauses.status(),
             "dirty_pages": self._dirty,
             "copied_pages": self._copied,
@@ -193,12 +195,11 @@ class Recording:
         try:
             self._capture.begin()
             self._enter(State.RECORDING)
-            pacer = Pacer(options.interval, time.monotonic_ns())
             while True:
-                pacer.due(time.monotonic_ns())
+                self._pacer.due(time.monotonic_ns())
                 self._epoch()
-                pacer.started(time.monotonic_ns())
-                self._wait_until(pacer.next_start)
+                self._pacer.started(time.monotonic_ns())
+                self._wait_until(self._pacer.next_start)
         except _StoppedError:
             return Ending(0, f"recording ended, as asked: {self._what()}", None)
         except GuestEndedError as error:
@@ -212,6 +213,7 @@ class Recording:
         outcome = self._capture.take()
         began = time.monotonic_ns()
         self._pauses.add(outcome.pause_ns)
+        self._pacer.interval.paused(outcome.pause_ns)
         self._dirty = outcome.dirty
         self._capture.write_tail()
         self._file.sync()

@@ -26,7 +26,7 @@ from . import events as e
 from . import protection as p
 from .epoch import EpochTaker
 from .figures import Figures
-from .policy import Policy
+from .policy import Policy, pace_of
 from .shipping import Known, Session, Shipper
 from .watchdog import Watchdog
 
@@ -116,7 +116,7 @@ class PrimaryService:
         arena_pages = min(options.arena // ARENA_PAGE, info.nr_pfns)
         self._machine = p.Protection(
             Policy(
-                interval_ns=options.interval,
+                pace=pace_of(options),
                 arenas=options.arenas,
                 arena_pages=arena_pages,
                 ram_pages=info.ram_pages,
@@ -177,7 +177,7 @@ class PrimaryService:
             "epoch": machine.epoch,
             "acked_epoch": machine.acked_epoch,
             "in_flight": machine.in_flight,
-            "interval_ns": self._options.interval,
+            "interval_ns": machine.pacer.interval.ns,
             **self._figures.status(),
             "sent_bytes": self._shipper.sent_bytes,
             "output_shut": machine.output_shut,
@@ -354,9 +354,8 @@ class PrimaryService:
         faults.point("primary.after-pause")
         self._figures.staged(epoch)
         pages = outcome.pages + outcome.zeros + outcome.gone
-        return e.Staged(
-            arena, pages, outcome.remaining, outcome.closed_output if close_output else None
-        )
+        closed = outcome.closed_output if close_output else None
+        return e.Staged(arena, pages, outcome.remaining, closed, outcome.pause_ns)
 
     def _live_round(self, arena: int) -> e.Event:
         faults.point("primary.before-round")
@@ -390,7 +389,7 @@ class PrimaryService:
             session=self._session.number,
             term=self._term,
             info=self._domain.info,
-            interval_ns=self._options.interval,
+            interval_ns=self._machine.pacer.interval.ns,
             digest_seed=self._seed,
             static_records=self._domain.static_records(),
             first_epoch=self._machine.epoch,

@@ -20,9 +20,11 @@ from checkpointd.daemon.settings import (
     command,
     directory,
     duration,
+    duration_or_auto,
     endpoint,
     integer,
     name_of,
+    percentage,
     setting,
     size,
     switch,
@@ -106,8 +108,18 @@ class PrimaryOptions(CommonOptions):
         "record epochs to this new file instead, for `checkpointd restore`: NO PROTECTION, nobody goes on with the "
         "guest, and its output is left as it is",
     )
-    interval: int = setting(
-        duration("5ms", "10s"), "100ms", "from the start of one epoch to the start of the next"
+    interval: int | None = setting(
+        duration_or_auto("5ms", "10s"),
+        "100ms",
+        "from the start of one epoch to the start of the next; auto: so that one of the two that follow is kept",
+    )
+    pause_share: float | None = setting(
+        percentage(0.1, 50), "", "with --interval auto: the guest stands still for at most so much of the time"
+    )
+    added_latency: int | None = setting(
+        duration("5ms", "10s"),
+        "",
+        "with --interval auto: what the guest sends waits for at most so long, on average, until it leaves",
     )
     heartbeat: int = setting(
         duration("5ms", "10s"), "50ms", "how often this side says that it lives"
@@ -182,7 +194,17 @@ class PrimaryOptions(CommonOptions):
                 ("standby_timeout", "heartbeat"),
                 f"one late heartbeat is no loss: wait for at least {HEARTBEATS_MISSED}",
             )
-        if self.ack_timeout < self.interval:
+        targets = (self.pause_share is not None) + (self.added_latency is not None)
+        if self.interval is None and targets != 1:
+            yield (
+                ("interval", "pause_share", "added_latency"),
+                "auto needs to know what to keep: give one of the two others",
+            )
+        if self.interval is not None and targets:
+            yield ("interval", "pause_share", "added_latency"), "targets go with --interval auto only"
+        if self.to is not None and self.added_latency is not None:
+            yield ("to", "added_latency"), "a recording acks nothing, and holds nothing: give --pause-share"
+        if self.interval is not None and self.ack_timeout < self.interval:
             yield ("ack_timeout", "interval"), "the timeout must be at least one interval"
         if self.to is not None and self.secondary.host != _HERE:
             yield ("to", "secondary"), "epochs go to a file or to a secondary, not to both"

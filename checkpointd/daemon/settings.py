@@ -94,6 +94,7 @@ class Options(Protocol):
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+Number = TypeVar("Number", int, float)
 
 
 def setting(kind: Kind, default: str | Callable[[], Any], text: str) -> Any:
@@ -106,7 +107,7 @@ def setting(kind: Kind, default: str | Callable[[], Any], text: str) -> Any:
     return dataclasses.field(default=value, metadata={"setting": Setting(kind, text, default)})
 
 
-def _bounded(low: int, high: int, show: Callable[[int], str], value: int) -> int:
+def _bounded(low: Number, high: Number, show: Callable[[Number], str], value: Number) -> Number:
     if not low <= value <= high:
         raise BadValueError(f"{show(value)} is not between {show(low)} and {show(high)}")
     return value
@@ -120,6 +121,25 @@ def duration(low: str, high: str) -> Kind:
         lambda text: _bounded(least, most, format_duration, parse_duration(text)),
         bounds=f"{low} to {high}",
     )
+
+
+def duration_or_auto(low: str, high: str) -> Kind:
+    """The same, or None for `auto`."""
+    kind = duration(low, high)
+    return Kind(
+        "TIME|auto", lambda text: None if text == "auto" else kind.parse(text), bounds=kind.bounds
+    )
+
+
+def percentage(low: float, high: float) -> Kind:
+    """A share, from 0 to 1."""
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?%", text):
+            raise BadValueError(f"{text!r} is not a percentage, such as 5% or 0.5%")
+        return _bounded(low, high, "{:g}%".format, float(text[:-1])) / 100
+
+    return Kind("PERCENT", parse, bounds=f"{low:g}% to {high:g}%")
 
 
 def size(low: str, high: str) -> Kind:

@@ -243,6 +243,20 @@ def test_a_burst_larger_than_the_arena_comes_through_live_rounds(pair: Pair) -> 
     assert standby.replica(guest).equal
 
 
+@pytest.mark.parametrize("target", [{"pause_share": 0.2}, {"added_latency": 400 * MS}])
+def test_an_engine_chooses_its_interval(pair: Pair, target: dict[str, Any]) -> None:
+    """From 100 ms on: down to where the guest would stand still for a fifth of the time, or up to what answers may
+    wait.
+    """
+    guest, standby, engine = protected(pair, "dirty:64@20", interval=None, **target)
+    least, most = (0, 50 * MS) if "pause_share" in target else (200 * MS, 1000 * MS)
+    eventually(
+        lambda: least <= engine.service.status()["interval_ns"] <= most, "an interval that suits it"
+    )
+    engine.committed()
+    assert standby.replica(guest).equal
+
+
 def test_a_guest_that_always_rewrites_everything_is_given_up(pair: Pair) -> None:
     """The replica is retired first; then the output opens, and the guest runs unprotected."""
     everything: list[bool] = []

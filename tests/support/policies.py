@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from checkpointd.primary.pacing import Fixed
 from checkpointd.primary.policy import Policy
 
 MS = 1_000_000
@@ -10,7 +11,7 @@ ARENA_PAGES = 3
 
 
 BASE = Policy(
-    interval_ns=100 * MS,
+    pace=Fixed(100 * MS),
     arenas=2,
     arena_pages=ARENA_PAGES,
     ram_pages=PAGES,

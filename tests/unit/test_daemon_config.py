@@ -75,6 +75,43 @@ def test_flag_before_environment_before_file_before_default(tmp_path: Path) -> N
     assert options.standby_timeout == 1000 * MS
 
 
+def test_an_interval_that_is_chosen() -> None:
+    options = primary("--domid", "4", "--interval", "auto", "--pause-share", "2.5%")
+    assert (options.interval, options.pause_share, options.added_latency) == (None, 0.025, None)
+    options = primary("--domid", "4", "--interval", "auto", "--added-latency", "30ms")
+    assert (options.interval, options.pause_share, options.added_latency) == (None, None, 30 * MS)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--interval", "auto"], "auto needs to know what to keep: give one of the two others"),
+        (
+            ["--interval", "auto", "--pause-share", "1%", "--added-latency", "30ms"],
+            "auto needs to know what to keep: give one of the two others",
+        ),
+        (["--pause-share", "1%"], "targets go with --interval auto only"),
+    ],
+)
+def test_an_interval_that_is_chosen_needs_one_target(words: list[str], told: str) -> None:
+    assert faults_of("--domid", "4", *words) == [
+        f"--interval and --pause-share and --added-latency: {told}"
+    ]
+
+
+def test_a_recording_has_no_answers_that_wait() -> None:
+    words = ("--domid", "4", "--to", "x", "--interval", "auto", "--added-latency", "30ms")
+    assert faults_of(*words) == [
+        "--to and --added-latency: a recording acks nothing, and holds nothing: give --pause-share"
+    ]
+
+
+@pytest.mark.parametrize("text", ["5", "0%", "51%", "five%", "1e1%", "5 %"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    (told,) = faults_of("--domid", "4", "--interval", "auto", "--pause-share", text)
+    assert told.startswith("--pause-share: ")
+
+
 def test_an_empty_variable_is_unset() -> None:
     assert primary("--domid", "1", environ={"CHECKPOINTD_INTERVAL": ""}).interval == 100 * MS
 

@@ -21,7 +21,6 @@ from checkpointd.primary import shipping
 from checkpointd.primary.dirty import DirtySet
 from checkpointd.primary.epoch import Frame
 from checkpointd.primary.events import Ship, ShipFailed, Shipped
-from checkpointd.primary.pacing import Pacer
 from checkpointd.primary.rounds import LiveRounds
 from checkpointd.primary.shipping import Known, Session, Shipper
 from checkpointd.primary.watchdog import Watchdog
@@ -74,24 +73,6 @@ def test_beginning_anew_owes_every_page() -> None:
     dirty = DirtySet(PFNS, 2)
     dirty.begin_anew()
     assert dirty.pending.count() == PFNS
-
-
-# -------------------------------------------------------------------- pacing
-
-
-def test_lateness_is_not_made_up_in_a_burst() -> None:
-    pacer = Pacer(100, 0)
-    pacer.due(0)
-    assert pacer.next_start == 100
-    pacer.due(250)
-    assert (pacer.late_ns, pacer.next_start) == (150, 350)
-
-
-def test_a_pause_longer_than_the_interval_leaves_the_guest_an_interval() -> None:
-    pacer = Pacer(100, 0)
-    pacer.due(0)
-    pacer.started(130)
-    assert pacer.next_start == 230
 
 
 # -------------------------------------------------------------------- live rounds
