@@ -141,6 +141,6 @@ def report(done: Mapping[str, list[Failover]], suites: Mapping[str, str], seed: 
         times = [one.kill_to_tick for one in all_]
         lines.append(
             f"| {interval} | {len(all_)} | {len(all_)} | {statistics.median(times):.1f} | {min(times):.1f}"
-            f" | {max(times):.1f} | {max(one.lost for one in all_):.1f} |"
+            f" | {max(times):.1f} | {max(0.0, *(one.lost for one in all_)):.1f} |"
         )
     return "\n".join([*lines, ""])

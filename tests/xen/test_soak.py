@@ -63,7 +63,7 @@ def processes(rig: Rig, living: Living, primary: Daemon, secondary: Daemon) -> d
         assert time.monotonic() < deadline, "xl has taken in nothing"
         time.sleep(STATUS_EVERY)
     note = json.loads(rig.a.ssh(f"cat /run/checkpointd/xen/{living.domid}.json").out)
-    xl = int(rig.b.ssh("pgrep -o -f '^xl migrate-receive'").out)
+    xl = int(rig.b.ssh("pgrep -o -f '[x]l migrate-receive'").out)  # Debian's runs by its path
     helper = int(rig.b.ssh("pgrep -f '[l]ibxl-save-helper'").out)
     return {
         "primary": Process(rig.a, primary.pid),
