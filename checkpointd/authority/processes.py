@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,23 @@ def identify(pid: int | None = None, control: str = "") -> HostIdentity:
     if started is None:
         raise ProcessLookupError(f"no process {pid}")
     return HostIdentity(boot_id(), pid, started, control)
+
+
+def kill(identity: HostIdentity) -> None:
+    """SIGKILL to that process if it is there yet, and to no other that has its pid by now."""
+    if identity.boot_id != boot_id():
+        return
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if start_time(identity.pid) == identity.start_time:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it has ended meanwhile
+    finally:
+        os.close(pidfd)
 
 
 class ProcessWatch:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from checkpointd.authority.processes import HostIdentity, kill
 from checkpointd.errors import CheckpointdError
 
 if TYPE_CHECKING:
@@ -249,11 +250,12 @@ class Rig:
         self._end_activated()
 
     def _end_activated(self) -> None:
-        """Hosts of activated guests outlive the daemon that made them: end them by their identity."""
+        """Hosts of activated guests outlive the daemon that made them. What a dead host has left has a pid that may be
+        another's by now.
+        """
         for document in (self.directory / "run" / "embedded").glob("*/*/domain.json"):
-            with suppress(OSError, ValueError, KeyError):
-                pid = int(json.loads(document.read_text())["host"]["pid"])
-                os.kill(pid, signal.SIGKILL)
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                kill(HostIdentity(**json.loads(document.read_text())["host"]))
 
 
 def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:

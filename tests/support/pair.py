@@ -7,18 +7,16 @@ and the moment of the next epoch (`Engine.no_epochs`).
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from leaks import nothing_leaks
 
 from checkpointd import faults
-from checkpointd.authority.processes import ProcessWatch, start_time
+from checkpointd.authority.processes import ProcessWatch, kill, start_time
 from checkpointd.authority.terms import Role, TermRecord, TermStore
 from checkpointd.daemon.config import PrimaryOptions, SecondaryOptions
 from checkpointd.daemon.metrics import PrimaryMetrics, SecondaryMetrics
@@ -485,8 +483,7 @@ class Pair:
 
 def _end(info: DomainInfo) -> None:
     """End the host of an activated guest: it outlives the standby, as it should."""
-    with suppress(ProcessLookupError):
-        os.kill(info.host.pid, signal.SIGKILL)
+    kill(info.host)
     eventually(lambda: start_time(info.host.pid) != info.host.start_time, "the end of its host")
 
 

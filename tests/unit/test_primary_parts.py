@@ -1,11 +1,8 @@
-"""The thin parts of the primary: who owns dirt, pacing, the shipper's thread, the watchdog."""
+"""The thin parts of the primary: who owns dirt, the shipper's thread, the watchdog."""
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
-import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointd.authority.processes import ProcessWatch, boot_id, identify, start_time
 from checkpointd.errors import CheckpointdError, StuckError
-from checkpointd.hypervisor.port import HostIdentity
 from checkpointd.native import DigestKey
 from checkpointd.primary import shipping
 from checkpointd.primary.dirty import DirtySet
@@ -336,44 +331,6 @@ def test_the_watchdog_leaves_progress_alone() -> None:
     assert seen.wait(PATIENCE)
     watchdog.stop()
     assert ended.empty()
-
-
-# -------------------------------------------------------------------- processes
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE)
-    yield process
-    process.kill()
-    process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
-
-
-def test_a_process_is_seen_to_go(sleeper: subprocess.Popen[bytes]) -> None:
-    watch = ProcessWatch(identify(sleeper.pid))
-    assert watch.gone(0) is False
-    assert not watch.fence(0).fenced
-    os.kill(sleeper.pid, signal.SIGKILL)
-    assert watch.gone(PATIENCE) is True
-    assert watch.fence(0).fenced
-    watch.close()
-
-
-def test_another_process_with_the_same_pid_is_not_it(sleeper: subprocess.Popen[bytes]) -> None:
-    started = start_time(sleeper.pid)
-    assert started is not None
-    watch = ProcessWatch(HostIdentity(boot_id(), sleeper.pid, started - 1))
-    assert watch.gone(0) is True
-    watch.close()
-
-
-def test_nobody_here_knows_of_another_machine(sleeper: subprocess.Popen[bytes]) -> None:
-    watch = ProcessWatch(HostIdentity("another boot", sleeper.pid, 1))
-    assert watch.gone(0) is None
-    assert not watch.fence(0).fenced
-    watch.close()
 
 
 def test_digests_have_sixteen_octets() -> None:
