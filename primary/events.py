@@ -61,6 +61,7 @@ class StageFailed:
     """A hypervisor call failed; the guest runs, every bit is pending."""
 
     where: str
+    pause_ns: int = 0  # how long the guest stood still for nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,13 @@ class Flights:
         self._free.append(head.arena)
         return head
 
+    def outlived(self, now: int) -> None:
+        """A time without a standby, which counts for none of them."""
+        for flight in self._queue:
+            flight.staged_ns = now
+            if flight.sent:
+                flight.first_sent_ns = now
+
     def clear(self) -> None:
         """Everything was abandoned."""
         self._queue.clear()

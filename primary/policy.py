@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .pacing import AddedLatency, Fixed, PauseShare
+from .pacing import LONGEST_NS, AddedLatency, Fixed, PauseShare
 
 if TYPE_CHECKING:
     from checkpointd.daemon.config import PrimaryOptions
@@ -40,7 +40,9 @@ def pace_of(options: PrimaryOptions) -> Pace:
     """The interval that the user has chosen, or how it is to be chosen."""
     if options.interval is not None:
         return Fixed(options.interval)
+    # An epoch is progress, and its ack is waited for: both limits are longer than an interval ever gets.
+    longest = min(LONGEST_NS, options.ack_timeout, options.give_up_after // 2)
     if options.pause_share is not None:
-        return PauseShare(options.pause_share)
+        return PauseShare(options.pause_share, longest)
     assert options.added_latency is not None, "one of them goes with auto"
-    return AddedLatency(options.added_latency)
+    return AddedLatency(options.added_latency, longest)

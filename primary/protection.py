@@ -119,6 +119,8 @@ class Protection:
                 self._overflow(event, now, out)
             case e.StageFailed():
                 out.append(e.Alarm(f"epoch {self.epoch}: {event.where}; every dirty page is kept"))
+                if event.pause_ns:
+                    self.pacer.interval.paused(event.pause_ns, 0)
                 self.pacer.failed(now)
                 self._not_before = self.pacer.next_start
             case e.Shipped():
@@ -213,9 +215,9 @@ class Protection:
             if self.state is State.HOLDING:
                 synced = self.acked_epoch is not None
                 self._enter(State.PROTECTED if synced else State.SYNCING, "the secondary is back")
+            self._flights.outlived(now)
             head = self._flights.head
             if head and head.sent:
-                head.first_sent_ns = now
                 self._ask(now, out)
             return
         self._progress_ns = now
@@ -251,7 +253,7 @@ class Protection:
             self.epoch += 1
             self.part = 0
             self._rounds = self._new_rounds()
-            self.pacer.interval.paused(event.pause_ns)
+            self.pacer.interval.paused(event.pause_ns, event.pages / self.policy.arena_pages)
             self.pacer.started(now)
         else:
             # Once the rounds are used up it is stopped all the same: either it fits now, or it is given up.
@@ -260,6 +262,9 @@ class Protection:
 
     def _overflow(self, event: e.Overflow, now: int, out: list[e.Instruction]) -> None:
         self._progress_ns = now
+        if not self._live:
+            self.pacer.interval.overflowed(event.dirty / self.policy.arena_pages)
+            self.pacer.again(now)
         if not self._live and self.state is State.PROTECTED:
             out.append(
                 e.Alarm(

@@ -213,7 +213,7 @@ class Recording:
         outcome = self._capture.take()
         began = time.monotonic_ns()
         self._pauses.add(outcome.pause_ns)
-        self._pacer.interval.paused(outcome.pause_ns)
+        self._pacer.interval.paused(outcome.pause_ns, 0)  # what does not fit is no matter here
         self._dirty = outcome.dirty
         self._capture.write_tail()
         self._file.sync()

@@ -376,7 +376,7 @@ class PrimaryService:
         if ended is not None:
             return e.GuestEnded(ended)
         self._metrics.failed()
-        return e.StageFailed(outcome.fault)
+        return e.StageFailed(outcome.fault, outcome.pause_ns)
 
     def _prove_gone(self) -> e.StandbyGone:
         if self._standby_watch is None:

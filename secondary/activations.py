@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -165,8 +165,12 @@ class Activations:
 
 def _parse(data: bytes, uuid: str) -> Activation:
     """Raises ValueError, KeyError, TypeError."""
-    fields = json.loads(data)
-    found = Activation(**{**fields, "phase": Phase(fields["phase"])})
+    document = json.loads(data)
+    # Of another version it may lack what has a default, and have what is not known here.
+    given = {
+        field.name: document[field.name] for field in fields(Activation) if field.name in document
+    }
+    found = Activation(**{**given, "phase": Phase(document["phase"])})
     if found.uuid != uuid:
         raise ValueError(f"it is of {found.uuid}")
     return found

@@ -72,14 +72,17 @@ class CommandFence:
             return FenceResult(
                 False, f"--fence-command: {name} cannot be run: no such command, or not executable"
             )
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", LEASH, "sh", *self._command],
-            env={**os.environ, **self._environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, to be killed whole
-        )
+        try:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", LEASH, "sh", *self._command],
+                env={**os.environ, **self._environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, to be killed whole
+            )
+        except OSError as error:  # no process, descriptor or memory to be had
+            return FenceResult(False, f"--fence-command: {name} cannot be run: {error.strerror}")
         said = b""
         code: int | None = None
         try:

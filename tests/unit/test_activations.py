@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -74,6 +76,13 @@ def test_a_note_comes_back_as_it_was_until_it_is_forgotten(activations: Activati
     assert activations.left() == []
     activations.advance(UUID, Phase.FINISHED)
     assert activations.left() == [], "nothing is begun by advancing"
+
+
+def test_a_note_of_another_version_is_understood(activations: Activations) -> None:
+    document = asdict(NOTE) | {"builder": None}
+    del document["paused"]
+    activations.path(UUID).write_text(json.dumps(document))
+    assert activations.left() == [NOTE]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"uuid": 3}', "\x00" * 5000])

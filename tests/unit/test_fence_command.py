@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -96,6 +97,18 @@ def test_a_command_that_is_not_there_is_no_proof() -> None:
     result = fence("/nonexistent/fence").fence(LIMIT)
     assert not result.fenced
     assert "/nonexistent/fence cannot be run" in result.detail
+
+
+def test_a_machine_that_has_no_process_for_it_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again; the daemon, with the only copy there may be, must not end."""
+
+    def full(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    result = shell("true").fence(LIMIT)
+    assert not result.fenced
+    assert result.detail.endswith("cannot be run: Resource temporarily unavailable")
 
 
 def test_one_that_takes_too_long_is_killed_with_all_it_started(tmp_path: Path) -> None:

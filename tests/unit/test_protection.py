@@ -12,6 +12,7 @@ from checkpointd.errors import HostLostError, ProtectionLostError, RefusedError
 from checkpointd.hypervisor.port import EndReason
 from checkpointd.primary import events as e
 from checkpointd.primary import protection as p
+from checkpointd.primary.pacing import AddedLatency
 
 
 def welcomed(**changes: Any) -> p.Protection:
@@ -119,6 +120,40 @@ def test_the_interval_is_between_starts() -> None:
     assert machine.deadline() == 100 * MS
     assert not machine.handle(e.Tick(99 * MS), 99 * MS)
     assert kinds(machine.handle(e.Tick(100 * MS), 100 * MS)) == [e.Pause]
+
+
+def test_what_did_not_fit_is_taken_as_soon_as_rounds_have_made_it_fit() -> None:
+    """Not an interval later, when it would have grown anew."""
+    machine = protected()
+    machine.handle(e.Tick(100 * MS), 100 * MS)
+    assert kinds(machine.handle(e.Overflow(PAGES), 101 * MS)) == [e.Alarm, e.LiveRound]
+    steps = machine.handle(e.Staged(0, ARENA_PAGES, 0), 102 * MS)
+    assert e.Pause in kinds(steps)
+
+
+def test_an_interval_is_chosen_by_what_epochs_take() -> None:
+    machine = protected(pace=AddedLatency(1000 * MS))
+    before = machine.pacer.interval.ns
+    (pause,) = machine.handle(e.Tick(before), before)
+    assert isinstance(pause, e.Pause)
+    machine.handle(e.Staged(pause.arena, 0, 0, 2, pause_ns=MS), before)
+    assert machine.pacer.interval.ns > before
+
+
+def test_a_time_without_a_standby_is_no_ack_that_took_so_long() -> None:
+    machine = protected(pace=AddedLatency(200 * MS))
+    (pause,) = machine.handle(e.Tick(100 * MS), 100 * MS)
+    assert isinstance(pause, e.Pause)
+    machine.handle(e.Staged(pause.arena, 0, 0, closed=2, pause_ns=MS), 100 * MS)
+    machine.handle(e.Tick(100 * MS), 1200 * MS)
+    assert machine.state is p.State.HOLDING
+    machine.handle(e.Welcomed(same_standby=True, has_image=True), 60_000 * MS)
+    machine.handle(e.Shipped(pause.epoch, pause.part), 60_010 * MS)
+    machine.handle(e.Acked(pause.epoch, pause.part), 60_010 * MS)
+    (again,) = machine.handle(e.Tick(60_200 * MS), 60_200 * MS)
+    assert isinstance(again, e.Pause)
+    machine.handle(e.Staged(again.arena, 0, 0, closed=3, pause_ns=MS), 60_200 * MS)
+    assert machine.pacer.interval.ns < 400 * MS
 
 
 def test_no_arena_no_epoch() -> None:
