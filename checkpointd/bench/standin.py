@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 PAGE = 4096
-AUDIT_PAGES = 64  # a pause; the default of `checkpointd primary`
+AUDIT_PAGES = 16  # a pause; the default of `checkpointd primary`
 _FILL = os.urandom(1 << 20)  # no page of it is all zero, and none compresses
 
 
@@ -145,6 +145,10 @@ class Copies:
         """From the buffer to where those pages are in the guest's memory; takes so many ns."""
         listed = ffi.new("uint64_t[]", pfns)
         return int(lib.bench_put_pages(self._domain.memory, self._to, listed, len(pfns)))
+
+    def content(self) -> bytes:
+        """Of the buffer."""
+        return self._memory[:]
 
     def close(self) -> None:
         ffi.release(self._to)

@@ -24,6 +24,8 @@ XTAB, BROKEN = 0xF, 0xD
 CALLS = ("suspend", "resume", "harvest", "p2m", "types", "map", "unmap", "context", "output")
 KEY = DigestKey(bytes(range(32)))
 NR_PFNS = 3 * EXTENT + 100  # whole extents and a partial one; not a multiple of 64
+BLOCK = 4096  # pfns that share a bit of a bitmap's blocks (csrc/bitmap.h)
+BLOCKS = 3 * BLOCK + 100  # pfns: whole blocks and a partial one
 
 
 def compile_fake(directory: Path) -> Any:

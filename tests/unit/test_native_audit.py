@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from fake_hypervisor import EXTENT, KEY, NR_PFNS, PAGE, staged, text
+import pytest
+from fake_hypervisor import BLOCK, BLOCKS, EXTENT, KEY, NR_PFNS, PAGE, staged, text
 
 from checkpointd.native import Bitmap, Mappings
 
@@ -42,6 +43,42 @@ def test_the_audit_takes_clean_pages_in_turn(make_guest: Callable[..., Guest]) -
         seen += found
     clean = [pfn for pfn in pages if pfn != 64]  # the gone page is not audited, nor the dirty one
     assert seen == (clean * 3)[:16]
+
+
+@pytest.mark.parametrize("first", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 7, BLOCKS - 1])
+def test_the_audit_passes_over_blocks_of_holes_and_over_nothing_else(
+    make_guest: Callable[..., Guest], first: int
+) -> None:
+    """Wherever it begins: clean pages at both ends of blocks, and a block and more without any."""
+    guest = make_guest(nr_pfns=BLOCKS, audit_pages=3)
+    pages = [0, 63, BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 64, 3 * BLOCK - 1, 3 * BLOCK, BLOCKS - 1]
+    for pfn in pages:
+        guest.write(pfn, text(pfn))
+    guest.pause()
+    cursor = first
+    seen: list[int] = []
+    for _ in range(4):
+        guest.carried.clear()
+        cursor = guest.pause(audit_cursor=cursor).cursor
+        seen += audited(guest.arena)
+    turn = [pfn for pfn in pages if pfn >= first] + [pfn for pfn in pages if pfn < first]
+    assert seen == (turn * 2)[:12]
+
+
+def test_dirt_of_every_block_is_harvested(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest(nr_pfns=BLOCKS)
+    pages = [5, BLOCK, 3 * BLOCK - 1, BLOCKS - 1]
+    guest.pause()
+    guest.carried.clear()
+    for pfn in pages:
+        guest.write(pfn, text(pfn))
+    assert guest.pause().dirty == len(pages)
+    assert list(guest.carried) == pages
+    guest.carried.clear()
+    guest.lib.fake_swap(guest.handle, 2 * BLOCK)
+    guest.lib.fake_swap(guest.handle, BLOCKS - 1)
+    guest.pause()
+    assert set(guest.carried) == {2 * BLOCK, BLOCKS - 1}
 
 
 def test_the_audit_may_be_restricted(make_guest: Callable[..., Guest]) -> None:

@@ -5,7 +5,7 @@
  * written to the socket, unmapped, and the arrays freed; then the tail records.
  *
  * Mapped is by one mmap() for each run of pages that follow each other, at one address range, as
- * xenforeignmemory_map() gives one. Xen's own way costs about 3.3 us a page (docs/performance.md).
+ * xenforeignmemory_map() gives one. What Xen's own way may cost: docs/performance.md.
  */
 #ifndef CHECKPOINTD_BENCH_LIBXC_H
 #define CHECKPOINTD_BENCH_LIBXC_H
