@@ -84,7 +84,7 @@ def moments(config: pytest.Config) -> random.Random:
 @pytest.mark.parametrize(
     ("interval", "guest", "standby"),
     [
-        pytest.param("500ms", LOAD, (), id="500ms"),
+        pytest.param("500ms", LOAD, (), id="500ms", marks=pytest.mark.short),
         pytest.param("100ms", LOAD, (), id="100ms"),
         pytest.param("500ms", TWO, (), id="two-vcpus"),
         pytest.param(
