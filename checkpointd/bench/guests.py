@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -91,8 +90,8 @@ class Guest:
 
     def url(self, role: str) -> str:
         """Where the daemon of that role serves HTTP."""
-        (path,) = (self.rig.run_dir / "daemons").glob(f"{role}-*.json")
-        return url_of(path)
+        (url,) = self.rig.urls(role)
+        return url
 
     def close(self) -> None:
         for transport in self._transports:
@@ -110,16 +109,6 @@ class Guest:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def url_of(entry: Path) -> str:
-    """Where the daemon with that entry on the list of daemons serves HTTP."""
-    return str(json.loads(entry.read_text(encoding="utf-8"))["http"])
-
-
-def fetch_json(entry: Path, what: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(fetch(url_of(entry) + what))
-    return document
 
 
 def fetch(url: str) -> bytes:

@@ -54,7 +54,7 @@ def this_machine() -> Machine:
         python=platform.python_version(),
         kernel=native.kernel(),
         version=checkpointd.__version__,
-        commit=_commit(),
+        commit=commit(),
     )
 
 
@@ -65,7 +65,7 @@ def _last_level_cache() -> int:
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout that this package is run from, with a note if its code differs from it."""
     root = Path(checkpointd.__file__).parents[1]
 

@@ -233,13 +233,18 @@ class Rig:
 
     def status(self, role: str) -> dict[str, Any]:
         """What /status of the newest daemon of that role says; {} if none answers."""
+        for url in self.urls(role):
+            with suppress(OSError, ValueError):
+                return get_status(url)
+        return {}
+
+    def urls(self, role: str) -> list[str]:
+        """Where the daemons of that role serve HTTP."""
+        found = []
         for path in sorted((self.directory / "run" / "daemons").glob(f"{role}-*.json")):
             with suppress(OSError, ValueError):
-                url = json.loads(path.read_text())["http"]
-                with urllib.request.urlopen(f"{url}/status", timeout=5) as answer:  # noqa: S310 - our own, http
-                    document: dict[str, Any] = json.load(answer)
-                    return document
-        return {}
+                found.append(str(json.loads(path.read_text())["http"]))
+        return found
 
     def logs(self) -> str:
         return "\n".join(daemon.tail() for daemon in self.daemons)
@@ -256,6 +261,13 @@ class Rig:
         for document in (self.directory / "run" / "embedded").glob("*/*/domain.json"):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 kill(HostIdentity(**json.loads(document.read_text())["host"]))
+
+
+def get_status(url: str) -> dict[str, Any]:
+    """Raises OSError, ValueError."""
+    with urllib.request.urlopen(f"{url}/status", timeout=5) as answer:  # noqa: S310 - our own, http
+        document: dict[str, Any] = json.load(answer)
+        return document
 
 
 def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:

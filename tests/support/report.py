@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import subprocess
 from pathlib import Path
+
+from checkpointd.bench.machine import commit, this_machine
+
+__all__ = ["commit", "machine", "merge_rows", "read_section", "write_section"]
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "docs" / name for name in ("campaigns.md", "lab.md")]
@@ -14,25 +14,8 @@ DOCUMENTS = [ROOT / "docs" / name for name in ("campaigns.md", "lab.md")]
 
 def machine() -> str:
     """What the figures were measured on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return (
-        f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB; "
-        f"Linux {platform.release()}, Python {platform.python_version()}"
-    )
-
-
-def commit() -> str:
-    """The commit that was tested, with a note if the code differs from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", ROOT, *words], check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    # Reports are written into docs, by the campaign before this one, too.
-    changed = git("status", "--porcelain", "--", ".", ":!docs")
-    return git("rev-parse", "--short=10", "HEAD") + ", with local changes" * bool(changed)
+    this = this_machine()
+    return f"{this.processor}, {this.cores} cores, {this.memory_gib:.0f} GiB; Linux {this.linux}, Python {this.python}"
 
 
 def _split(name: str) -> tuple[Path, str, str, str]:

@@ -93,7 +93,7 @@ def _figures(
     floors = [len(pfns) * 4096 / ns for ns in taken["floor"]]
     goal = SHARE if len(pfns) >= FROM else None
     yield compare(what, "GB/s", rates, "memcpy", floors, goal, pages=len(pfns))
-    if len(pfns) == max(pfns for pfns in SIZES[Size.FULL][1]):
+    if len(pfns) == max(SIZES[Size.FULL][1]):
         yield Figure(
             f"{what}, a line of 10 Gbit/s",
             "GB/s",

@@ -7,12 +7,12 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from checkpointd.bench.guests import COPIED, fetch_json
+from checkpointd.bench.guests import COPIED
 from checkpointd.bench.scenarios import Size
 from checkpointd.bench.turns import Figure, Goal, Spread, compare
-from checkpointd.demo.rig import Rig
+from checkpointd.demo.rig import Rig, get_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,16 +76,12 @@ def _measure(
             before = _processor(rig)
             time.sleep(seconds)
             used = (_processor(rig) - before) / seconds
-            pauses = [float(status["pause_p50_ns"]) for status in _engines(rig)]
+            pauses = [
+                float(status["pause_p50_ns"]) for status in map(get_status, rig.urls("primary"))
+            ]
             return pauses, _own_mib(standby.pid), used
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _engines(rig: Rig) -> list[dict[str, Any]]:
-    return [
-        fetch_json(path, "/status") for path in (rig.run_dir / "daemons").glob("primary-*.json")
-    ]
 
 
 def _processor(rig: Rig) -> float:
