@@ -79,6 +79,7 @@ class _Image:
     CK_FAULT_KIND: int
     CK_FAULT_PFN: int
     CK_FAULT_DATA: int
+    CK_FAULT_BASE: int
 
     def ck_record_check(self, record: CData, length: int, nr_pfns: int, at: CData, /) -> int: ...
     def ck_words_check(
@@ -99,7 +100,24 @@ class _Image:
         self, image: CData, overlay: CData, overlaid: CData, populated: CData, /
     ) -> None: ...
 
-class _Lib(_Kernels, _Bitmaps, _Digests, _Staging, _Image):
+class _Reduction:
+    CK_HISTORY_WAYS: int
+    CK_CHANGES_MAX: int
+    CK_CHANGES_ROOM: int
+
+    def ck_history_size(self, nr_sets: int, /) -> int: ...
+    def ck_history_init(self, history: CData, memory: CData, nr_sets: int, /) -> None: ...
+    def ck_history_forget_words(self, history: CData, words: CData, count: int, /) -> None: ...
+    def ck_history_clear(self, history: CData, /) -> None: ...
+    def ck_body_size(self, length: int, /) -> int: ...
+    def ck_reduce(
+        self, history: CData, record: CData, every: int, out: CData, result: CData, /
+    ) -> int: ...
+    def ck_expand(
+        self, held: CData, nr_pfns: int, body: CData, length: int, out: CData, room: int, at: CData, /
+    ) -> int: ...
+
+class _Lib(_Kernels, _Bitmaps, _Digests, _Staging, _Image, _Reduction):
     CK_SOURCE_HASH: CData
 
 lib: _Lib

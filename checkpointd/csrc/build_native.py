@@ -24,6 +24,7 @@ ffi.cdef(
         uint64_t (*count)(const uint64_t *words, uint64_t nr_words);
         void (*copy_page)(uint8_t *to, const uint8_t *from);
         void (*copied)(void);
+        uint32_t (*changes)(uint8_t *was, const uint8_t *now, uint8_t *out);
         ...;
     };
     const struct ck_kernel *ck_kernel_at(unsigned index);
@@ -128,7 +129,7 @@ ffi.cdef(
     /* scatter.h */
     enum ck_fault { CK_FAULT_NONE, CK_FAULT_SHORT, CK_FAULT_TYPE, CK_FAULT_LENGTH,
                     CK_FAULT_RESERVED, CK_FAULT_COUNT, CK_FAULT_WORD, CK_FAULT_KIND, CK_FAULT_PFN,
-                    CK_FAULT_DATA, ... };
+                    CK_FAULT_DATA, CK_FAULT_BASE, ... };
     enum ck_fault ck_record_check(const uint8_t *record, uint64_t length, uint64_t nr_pfns,
                                   uint64_t *at);
     enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data,
@@ -143,6 +144,30 @@ ffi.cdef(
                        uint64_t count);
     void ck_merge(uint8_t *image, const uint8_t *overlay, const struct ck_bitmap *overlaid,
                   struct ck_bitmap *populated);
+
+    /* history.h */
+    #define CK_HISTORY_WAYS ...
+    struct ck_history { uint64_t nr_sets; ...; };
+    uint64_t ck_history_size(uint64_t nr_sets);
+    void ck_history_init(struct ck_history *history, void *memory, uint64_t nr_sets);
+    void ck_history_forget_words(struct ck_history *history, const uint8_t *words, uint64_t count);
+    void ck_history_clear(struct ck_history *history);
+
+    /* delta.h */
+    #define CK_CHANGES_MAX ...
+    #define CK_CHANGES_ROOM ...
+    uint64_t ck_body_size(uint64_t length);
+    struct ck_reduction { uint64_t seen, changes, octets; };
+    struct ck_held {
+        const uint8_t *image;
+        const struct ck_bitmap *populated;
+        const uint8_t *overlay;
+        const struct ck_bitmap *overlaid;
+    };
+    uint64_t ck_reduce(struct ck_history *history, const uint8_t *record, uint32_t every,
+                       uint8_t *out, struct ck_reduction *result);
+    enum ck_fault ck_expand(const struct ck_held *held, uint64_t nr_pfns, const uint8_t *body,
+                            uint64_t length, uint8_t *out, uint64_t out_length, uint64_t *at);
     """
 )
 ffi.set_source(
@@ -150,6 +175,7 @@ ffi.set_source(
     f"""
     #define CK_SOURCE_HASH "{tools["source_hash"](HERE)}"
     #include "bitmap.h"
+    #include "delta.h"
     #include "digest.h"
     #include "kernel.h"
     #include "pause.h"

@@ -63,8 +63,50 @@ static void scalar_copy_page(uint8_t *to, const uint8_t *from) { memcpy(to, from
 
 static void scalar_copied(void) {}
 
+static unsigned scalar_line(const uint8_t *was, const uint8_t *now)
+{
+    unsigned mask = 0;
+
+    for (unsigned w = 0; w < CK_LINE / 8; w++)
+        mask |= (unsigned)(load64(was + 8 * w) != load64(now + 8 * w)) << w;
+    return mask;
+}
+
+/* One mask for each line, by `line`; inlined into each kernel. */
+static inline __attribute__((always_inline)) uint32_t changes_by(
+    unsigned (*line)(const uint8_t *was, const uint8_t *now), uint8_t *was, const uint8_t *now,
+    uint8_t *out)
+{
+    uint64_t lines = 0;
+    uint8_t *to = out + sizeof lines;
+
+    for (unsigned l = 0; l < CK_PAGE_SIZE / CK_LINE; l++) {
+        uint8_t *old = was + l * CK_LINE;
+        const uint8_t *new = now + l * CK_LINE;
+        unsigned mask = line(old, new);
+
+        if (!mask)
+            continue;
+        if (to - out > (ptrdiff_t)CK_CHANGES_MAX)
+            return 0;
+        lines |= UINT64_C(1) << l;
+        *to++ = (uint8_t)mask;
+        for (unsigned bits = mask; bits; bits &= bits - 1, to += 8)
+            memcpy(to, new + 8 * (unsigned)__builtin_ctz(bits), 8);
+        memcpy(old, new, CK_LINE);
+    }
+    memcpy(out, &lines, sizeof lines);
+    return to - out > (ptrdiff_t)CK_CHANGES_MAX ? 0 : (uint32_t)(to - out);
+}
+
+static uint32_t scalar_changes(uint8_t *was, const uint8_t *now, uint8_t *out)
+{
+    return changes_by(scalar_line, was, now, out);
+}
+
 static const struct ck_kernel scalar = {
-    "scalar", scalar_page_is_zero, scalar_nh, scalar_count, scalar_copy_page, scalar_copied,
+    "scalar",         scalar_page_is_zero, scalar_nh,     scalar_count,
+    scalar_copy_page, scalar_copied,       scalar_changes,
 };
 
 #ifdef __x86_64__
@@ -148,8 +190,26 @@ AVX2 static void avx2_copy_page(uint8_t *to, const uint8_t *from)
 /* Streaming stores are ordered with no others until here. */
 static void sse_copied(void) { _mm_sfence(); }
 
+AVX2 static inline unsigned avx2_same(const uint8_t *was, const uint8_t *now)
+{
+    __m256i same = _mm256_cmpeq_epi64(load256(was), load256(now));
+
+    return (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(same));
+}
+
+AVX2 static inline unsigned avx2_line(const uint8_t *was, const uint8_t *now)
+{
+    return (avx2_same(was, now) | avx2_same(was + 32, now + 32) << 4) ^ 0xff;
+}
+
+AVX2 static uint32_t avx2_changes(uint8_t *was, const uint8_t *now, uint8_t *out)
+{
+    return changes_by(avx2_line, was, now, out);
+}
+
 static const struct ck_kernel avx2 = {
-    "avx2", avx2_page_is_zero, avx2_nh, avx2_count, avx2_copy_page, sse_copied,
+    "avx2",         avx2_page_is_zero, avx2_nh,      avx2_count,
+    avx2_copy_page, sse_copied,        avx2_changes,
 };
 
 static bool avx2_runs(void)

@@ -18,6 +18,13 @@
 #define CK_NH_BLOCK 4096u
 #define CK_NH_KEY_WORDS (CK_NH_BLOCK / 4 + 4)
 
+/* Octets of a line, the unit in which changes are looked for: a cache line; of what the changes of a page
+ * take at most, beyond which the page itself travels: at half of it the pfn words and the codec behind gain more
+ * than the rest of the changes; and of the memory for that, which a last line may overrun. */
+#define CK_LINE 64u
+#define CK_CHANGES_MAX 2048u
+#define CK_CHANGES_ROOM (CK_CHANGES_MAX + 1 + CK_LINE)
+
 struct ck_kernel {
     const char *name;
 
@@ -34,6 +41,11 @@ struct ck_kernel {
      * after the next copied(). */
     void (*copy_page)(uint8_t *to, const uint8_t *from);
     void (*copied)(void);
+
+    /* The changes from `was` to `now`, as delta.h says, to `out` (CK_CHANGES_ROOM octets); returns how many
+     * octets, and `was` is as `now` then. 0: more than CK_CHANGES_MAX, and `was` is neither. Both are page
+     * aligned or not. */
+    uint32_t (*changes)(uint8_t *was, const uint8_t *now, uint8_t *out);
 };
 
 /* Kernel 0 is the scalar reference; NULL beyond the last. A kernel listed here may still be more

@@ -16,9 +16,6 @@ static uint64_t word_at(const uint8_t *words, uint64_t i)
     return word;
 }
 
-/* 0x0-0x4 and 0x9-0xc carry data; 0x5-0x8 are reserved and 0xe (XALLOC) is never sent. */
-static bool has_data(uint64_t word) { return 0x1e1f >> (word >> CK_TYPE_SHIFT) & 1; }
-
 static bool has_none(uint64_t word)
 {
     return word >> CK_TYPE_SHIFT == CK_TYPE_BROKEN || word >> CK_TYPE_SHIFT == CK_TYPE_XTAB;
@@ -28,40 +25,49 @@ static enum ck_fault check_word(uint64_t word, uint64_t nr_pfns)
 {
     if (word << 4 >> 4 & ~CK_PFN_MASK)
         return CK_FAULT_WORD;
-    if (!has_data(word) && !has_none(word))
+    if (!ck_word_has_data(word) && !has_none(word))
         return CK_FAULT_KIND;
     return (word & CK_PFN_MASK) < nr_pfns ? CK_FAULT_NONE : CK_FAULT_PFN;
 }
 
-enum ck_fault ck_record_check(const uint8_t *record, uint64_t length, uint64_t nr_pfns,
-                              uint64_t *at)
+enum ck_fault ck_head_check(const uint8_t *head, uint64_t length, const uint8_t *words,
+                            uint64_t nr_pfns, uint64_t *at)
 {
-    uint32_t head[4]; /* type, length, count, reserved */
+    uint32_t fields[4]; /* type, length, count, reserved */
     uint64_t data = 0;
     enum ck_fault fault;
 
     *at = 0;
     if (length < CK_RECORD_HEAD)
         return CK_FAULT_SHORT;
-    memcpy(head, record, sizeof head);
-    if (head[0] != CK_RECORD_PAGE_DATA)
+    memcpy(fields, head, sizeof fields);
+    if (fields[0] != CK_RECORD_PAGE_DATA)
         return CK_FAULT_TYPE;
-    if (head[1] != length - 8)
+    if (fields[1] != length - 8)
         return CK_FAULT_LENGTH;
-    if (head[3] != 0)
+    if (fields[3] != 0)
         return CK_FAULT_RESERVED;
-    if (head[2] == 0 || head[2] > (length - CK_RECORD_HEAD) / sizeof(uint64_t))
+    if (fields[2] == 0 || fields[2] > (length - CK_RECORD_HEAD) / sizeof(uint64_t))
         return CK_FAULT_COUNT;
-    for (; *at < head[2]; ++*at) {
-        uint64_t word = word_at(record + CK_RECORD_HEAD, *at);
+    for (; *at < fields[2]; ++*at) {
+        uint64_t word = word_at(words, *at);
 
         if ((fault = check_word(word, nr_pfns)) != CK_FAULT_NONE)
             return fault;
-        data += has_data(word);
+        data += ck_word_has_data(word);
     }
-    if (length != CK_RECORD_HEAD + head[2] * sizeof(uint64_t) + data * CK_PAGE_SIZE)
+    if (length != CK_RECORD_HEAD + fields[2] * sizeof(uint64_t) + data * CK_PAGE_SIZE)
         return CK_FAULT_DATA;
     return CK_FAULT_NONE;
+}
+
+enum ck_fault ck_record_check(const uint8_t *record, uint64_t length, uint64_t nr_pfns,
+                              uint64_t *at)
+{
+    *at = 0;
+    if (length < CK_RECORD_HEAD)
+        return CK_FAULT_SHORT;
+    return ck_head_check(record, length, record + CK_RECORD_HEAD, nr_pfns, at);
 }
 
 enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data, uint64_t nr_pfns,
@@ -74,7 +80,7 @@ enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data
 
         if ((fault = check_word(word, nr_pfns)) != CK_FAULT_NONE)
             return fault;
-        if (has_data(word) != (with_data != 0))
+        if (ck_word_has_data(word) != (with_data != 0))
             return CK_FAULT_KIND;
     }
     return CK_FAULT_NONE;
@@ -92,7 +98,7 @@ void ck_mark_extents(struct ck_bitmap *missing, const struct ck_bitmap *reserved
     for (uint64_t i = 0; i < count; i++) {
         uint64_t word = word_at(words, i), extent = (word & CK_PFN_MASK) >> CK_EXTENT_SHIFT;
 
-        if (has_data(word) && !ck_bit_test(reserved, extent))
+        if (ck_word_has_data(word) && !ck_bit_test(reserved, extent))
             ck_bit_set(missing, extent);
     }
 }
@@ -115,7 +121,7 @@ void ck_scatter(uint8_t *image, struct ck_bitmap *populated, const uint8_t *reco
     for (uint32_t i = 0; i < count; i++) {
         uint64_t word = word_at(words, i), pfn = word & CK_PFN_MASK;
 
-        if (has_data(word)) {
+        if (ck_word_has_data(word)) {
             ck_kernel->copy_page(image + pfn * CK_PAGE_SIZE, data);
             ck_bit_set(populated, pfn);
             data += CK_PAGE_SIZE;

@@ -10,9 +10,11 @@
 #ifndef CHECKPOINTD_SCATTER_H
 #define CHECKPOINTD_SCATTER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "bitmap.h"
+#include "hypervisor.h"
 
 /* Answers of the checks; each has its own text in native/image.py. */
 enum ck_fault {
@@ -26,12 +28,24 @@ enum ck_fault {
     CK_FAULT_KIND,     /* a page type that is reserved or never sent, or not for this list */
     CK_FAULT_PFN,      /* beyond the guest */
     CK_FAULT_DATA,     /* not as much page data as the types call for */
+    CK_FAULT_BASE,     /* changes of a page that is not held */
 };
+
+/* Whether a page follows for this pfn word: 0x0-0x4 and 0x9-0xc carry data; 0x5-0x8 are reserved and 0xe (XALLOC)
+ * is never sent. */
+static inline bool ck_word_has_data(uint64_t word)
+{
+    return 0x1e1f >> (word >> CK_TYPE_SHIFT) & 1;
+}
 
 /* `at` is the index of the word at fault, where it is one. Reads `length` octets at most; any
  * alignment. */
 enum ck_fault ck_record_check(const uint8_t *record, uint64_t length, uint64_t nr_pfns,
                               uint64_t *at);
+
+/* The same of a record of which only head and words are here: everything but the pages. */
+enum ck_fault ck_head_check(const uint8_t *head, uint64_t length, const uint8_t *words,
+                            uint64_t nr_pfns, uint64_t *at);
 
 /* A list of `count` pfn words alone: with_data, all of a type that has data; else all of one that
  * has none. */

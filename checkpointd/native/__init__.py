@@ -8,7 +8,7 @@ gives one keeps its memory alive during the call.
 Every call releases the GIL. None of the classes is thread safe: one thread at a time, by the
 caller's care.
 
-The kernels (digest, zero test, bit count) exist in plain C and for AVX2, bit-identical.
+The kernels (digest, zero test, bit count, copy, changes of a page) exist in plain C and for AVX2, bit-identical.
 CHECKPOINTD_KERNEL demands one by name; without it the best that this CPU runs is taken.
 """
 
@@ -30,6 +30,7 @@ from checkpointd.native.image import (
 )
 from checkpointd.native.library import address_of, kernel, refuse_stale
 from checkpointd.native.mappings import Mappings, MappingStats
+from checkpointd.native.reduce import History, Reduction, body_size, expand
 from checkpointd.native.selftest import self_test
 
 __all__ = [
@@ -38,13 +39,17 @@ __all__ = [
     "Arena",
     "Bitmap",
     "DigestKey",
+    "History",
     "MappingStats",
     "Mappings",
     "Outcome",
+    "Reduction",
     "address_of",
+    "body_size",
     "check_record",
     "check_words",
     "drop_pages",
+    "expand",
     "kernel",
     "live_round",
     "mark",

@@ -27,10 +27,11 @@ _FAULTS = {
     lib.CK_FAULT_KIND: "pfn word {at} has a page type that is not allowed here",
     lib.CK_FAULT_PFN: "pfn word {at} names a pfn beyond the guest",
     lib.CK_FAULT_DATA: "it does not hold as many pages as its page types call for",
+    lib.CK_FAULT_BASE: "pfn word {at} has changes of a page that is not held",
 }
 
 
-def _fault(code: int, at: int) -> str | None:
+def fault_text(code: int, at: int) -> str | None:
     return _FAULTS[code].format(at=at) if code else None
 
 
@@ -40,7 +41,7 @@ def check_record(record: ReadableBuffer, nr_pfns: int) -> str | None:
     """
     view, at = ffi.from_buffer("uint8_t[]", record), ffi.new("uint64_t *")
     code = lib.ck_record_check(view, len(view), nr_pfns, at)
-    return _fault(code, at[0])
+    return fault_text(code, at[0])
 
 
 def check_words(words: ReadableBuffer, nr_pfns: int, *, with_data: bool) -> str | None:
@@ -50,7 +51,7 @@ def check_words(words: ReadableBuffer, nr_pfns: int, *, with_data: bool) -> str 
     view, at = ffi.from_buffer("uint8_t[]", words), ffi.new("uint64_t *")
     if len(view) % 8:
         return f"{len(view)} octets are no list of u64 words"
-    return _fault(lib.ck_words_check(view, len(view) // 8, with_data, nr_pfns, at), at[0])
+    return fault_text(lib.ck_words_check(view, len(view) // 8, with_data, nr_pfns, at), at[0])
 
 
 def _check_aligned(address: int) -> None:

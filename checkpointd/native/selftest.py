@@ -32,6 +32,7 @@ def self_test() -> None:
             "the zero test": _zero_test_is_right(index),
             "the bit count": _count_is_right(index),
             "the copy of a page": _copy_is_right(index),
+            "the changes of a page": _changes_are_right(index),
         }
         if wrong := [what for what, right in answers.items() if not right]:
             raise NativeError(
@@ -91,3 +92,33 @@ def _copy_is_right(index: int) -> bool:
             if memory[:] != bytes(PAGE_SIZE) + page + bytes(PAGE_SIZE):
                 return False
     return True
+
+
+def _changes_are_right(index: int) -> bool:
+    """What is found leads from the one page to the other, for a word at each place in a line, and for many."""
+    kernel = lib.ck_kernel_at(index)
+    octets = hashlib.shake_128(b"was").digest(PAGE_SIZE)
+    out = ffi.new("uint8_t[]", lib.CK_CHANGES_ROOM)
+    for words in ([], [511], *([word] for word in range(65)), list(range(0, 512, 3))):
+        was, now = ffi.new("uint8_t[]", octets), ffi.new("uint8_t[]", octets)
+        for word in words:
+            now[8 * word + word % 8] ^= 1
+        found = kernel.changes(was, now, out)
+        if ffi.buffer(out)[:found] != _changes_by_definition(octets, bytes(ffi.buffer(now))):
+            return False
+        if bytes(ffi.buffer(was)) != bytes(ffi.buffer(now)):
+            return False
+    ffi.memmove(now, octets[::-1], PAGE_SIZE)  # all of it
+    return not kernel.changes(was, now, out)
+
+
+def _changes_by_definition(was: bytes, now: bytes) -> bytes:
+    lines, found = 0, b""
+    for line in range(64):
+        at = [64 * line + 8 * word for word in range(8)]
+        mask = [was[i : i + 8] != now[i : i + 8] for i in at]
+        if any(mask):
+            lines |= 1 << line
+            found += bytes([sum(1 << bit for bit in range(8) if mask[bit])])
+            found += b"".join(now[i : i + 8] for i, changed in zip(at, mask, strict=True) if changed)
+    return lines.to_bytes(8, "little") + found
