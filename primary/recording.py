@@ -239,7 +239,8 @@ class Recording:
 
     def _write(self, octets: Octets) -> None:
         self._file.write(octets)
-        self._metrics.sent_bytes(memoryview(octets).nbytes)
+        length = memoryview(octets).nbytes
+        self._metrics.sent_bytes(length, length)
         self._progress += 1  # each piece has the watchdog's limit for itself
 
     def _seen(self, outcome: Outcome) -> None:

@@ -27,8 +27,10 @@ from . import protection as p
 from .epoch import EpochTaker
 from .figures import Figures
 from .policy import Policy, pace_of
+from .reducing import Reducer
 from .shipping import Known, Session, Shipper
 from .watchdog import Watchdog
+from .worth import Always, Worth
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +75,12 @@ class _Word:
 
     session: int
     message: messages.Message
+
+
+def _reducer_of(options: PrimaryOptions) -> Reducer | None:
+    if options.reduce == "off":
+        return None
+    return Reducer(Always() if options.reduce == "always" else Worth(), options.delta_history)
 
 
 def _last_word(step: e.SayRetire | e.SayEnd) -> messages.Retire | messages.End:
@@ -143,7 +151,9 @@ class PrimaryService:
             detect_zero=options.zero_pages,
         )
         self._control = control(self._deliver, self._events.put)
-        self._shipper = Shipper(bulk, self._events.put, self._events.put, metrics.sent_bytes)
+        self._shipper = Shipper(
+            bulk, self._events.put, self._events.put, metrics.sent_bytes, _reducer_of(options)
+        )
         self._standby: HostIdentity | None = None
         self._standby_watch: Fence | None = None
         self._log_on = False
@@ -180,6 +190,7 @@ class PrimaryService:
             "interval_ns": machine.pacer.interval.ns,
             **self._figures.status(),
             "sent_bytes": self._shipper.sent_bytes,
+            "staged_bytes": self._shipper.staged_bytes,
             "output_shut": machine.output_shut,
             "standby_loss": self._options.standby_loss,
             "secondary": str(self._options.secondary),

@@ -10,6 +10,7 @@ import logging
 import queue
 import struct
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from checkpointd.wire.initiator import BulkLink
 
     from .epoch import Frame
+    from .reducing import Reducer
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +89,17 @@ class Shipper:
         link: BulkLink,
         report: Callable[[Shipped | ShipFailed | Known], None],
         fatal: Callable[[BaseException], None],
-        count_sent: Callable[[int], None],
+        count_sent: Callable[[int, int], None],
+        reducer: Reducer | None = None,
     ) -> None:
+        """`count_sent` gets the octets of what was staged, and of what went out for it."""
         self._link = link
         self._report = report
         self._fatal = fatal
         self._count_sent = count_sent
-        self.sent_bytes = 0  # octets of payload, since the start
+        self._reducer = reducer
+        # Octets of payload, since the start: what went out, and what that was before it was reduced.
+        self.sent_bytes = self.staged_bytes = 0
         self._jobs: queue.SimpleQueue[_Job | _Fetch | _Abandon | None] = queue.SimpleQueue()
         self._abandoning = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
@@ -128,6 +134,7 @@ class Shipper:
             while (job := self._jobs.get()) is not None:
                 if isinstance(job, _Abandon):
                     self._link.abandon()
+                    self._distrust()
                     self._abandoning.clear()
                     job.done.set()
                 elif not self._abandoning.is_set():
@@ -136,6 +143,13 @@ class Shipper:
             self._fatal(error)
         finally:
             self._link.close()
+            if self._reducer is not None:
+                self._reducer.close()
+
+    def _distrust(self) -> None:
+        """What the standby holds is not certain any more."""
+        if self._reducer is not None:
+            self._reducer.distrust()
 
     def _perform(self, job: _Job | _Fetch) -> None:
         try:
@@ -157,14 +171,17 @@ class Shipper:
                 self._report(ShipFailed(job.ship.epoch, job.ship.part, str(error)))
 
     def _ship(self, job: _Job) -> None:
-        ship = job.ship
+        ship, started = job.ship, time.monotonic_ns()
+        again = ship.ranges is not None
+        if again:
+            self._distrust()
+        elif self._reducer is not None:
+            self._reducer.begin(final=ship.final)
         for sequence, frame in enumerate(job.frames):
             if ship.ranges is None or any(first <= sequence <= last for first, last in ship.ranges):
                 self._check_abandoned()
                 faults.point("ship.frame")
-                header = self._header(job, frame.kind, sequence)
-                length = frame.payload.nbytes
-                self._send(replace(header, length=length, digest=frame.digest), frame.payload)
+                self._ship_frame(job, frame, sequence, as_it_is=again)
         octets = sum(frame.payload.nbytes for frame in job.frames)
         faults.point("ship.end")
         end = PartEnd(len(job.frames), ship.final, octets).pack()
@@ -179,14 +196,32 @@ class Shipper:
                 # Only a new socket makes ZeroMQ let go; what it had not sent, the secondary will miss and say so.
                 self._link.abandon()
                 break
+        if self._reducer is not None and not again:
+            self._reducer.sent(time.monotonic_ns() - started)
         faults.point("ship.shipped")
+
+    def _ship_frame(self, job: _Job, frame: Frame, sequence: int, *, as_it_is: bool) -> None:
+        length = frame.payload.nbytes
+        reduced = None
+        if self._reducer is not None and not as_it_is:
+            reduced = self._reducer.reduce(frame)
+        if reduced is None:
+            header = self._header(job, frame.kind, sequence)
+            header = replace(header, length=length, digest=frame.digest)
+            self._send(header, frame.payload, staged=length)
+        else:
+            header = self._header(job, Kind.REDUCED, sequence)
+            self._send(seal(header, reduced, job.session.key), reduced, staged=length)
 
     @staticmethod
     def _header(job: _Job, kind: Kind, sequence: int) -> Header:
         session, ship = job.session, job.ship
         return Header(kind, session.number, session.term, ship.epoch, ship.part, sequence)
 
-    def _send(self, header: Header, payload: bytes | memoryview) -> None:
+    def _send(
+        self, header: Header, payload: bytes | memoryview, *, staged: int | None = None
+    ) -> None:
+        """`staged`: octets that the payload stands for, if it is not itself."""
         waited = 0.0
         while True:
             try:
@@ -199,8 +234,10 @@ class Shipper:
                     raise CheckpointdError(
                         f"no frame taken for {SEND_TIMEOUT:.0f} s: {error}"
                     ) from error
+        before = header.length if staged is None else staged
         self.sent_bytes += header.length
-        self._count_sent(header.length)
+        self.staged_bytes += before
+        self._count_sent(before, header.length)
 
     def _check_abandoned(self) -> None:
         if self._abandoning.is_set():

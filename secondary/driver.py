@@ -18,6 +18,7 @@ from checkpointd.wire.frames import Header, Kind
 from .authority import Authority
 from .digests import DigestAnswer
 from .epochs import Acked, EpochAssembler, Lacking, Load
+from .expander import NotHeldError
 from .jobs import Jobs, nothing
 from .replica import NoRoomError
 from .standby import Policy, Standby, State
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from checkpointd.authority.terms import TermRecord
+    from checkpointd.errors import CheckpointdError
     from checkpointd.wire.acceptor import Peer, Sent
     from checkpointd.wire.frames import Octets
 
@@ -338,16 +340,18 @@ class Driver:
         session = self.machine.session
         assert session is not None, "frames are of a session"
 
-        def admit() -> str:
+        def admit() -> CheckpointdError | None:
             try:
                 self._worker.admit(load)
-            except NoRoomError as error:
-                return str(error)
-            return ""
+            except (NoRoomError, NotHeldError) as error:
+                return error
+            return None
 
-        def then(no_room: str) -> None:
-            if no_room:
-                self._no_room(session, load, no_room)
+        def then(error: CheckpointdError | None) -> None:
+            if isinstance(error, NotHeldError):
+                self._not_held(session, load, str(error))
+            elif error is not None:
+                self._no_room(session, load, str(error))
             else:
                 self._admitted(session, load)
 
@@ -379,6 +383,18 @@ class Driver:
         self._release(load)
         if session == self.machine.session and self._assembler:
             self._assembler.restart_part()  # the primary asks, and ships it again
+
+    def _not_held(self, session: int, load: Load, text: str) -> None:
+        """Nothing of the part was taken in. All of it is asked for again, and comes as it is."""
+        log.warning("%s: epoch %d: %s; asking for it again", self.uuid, load.epoch, text)
+        self._metrics.not_held()
+        self._release(load)
+        if session != self.machine.session or self._assembler is None:
+            return
+        if self._assembler.under_way == (load.epoch, load.part):
+            self._assembler.restart_part()
+            if self.machine.taking:
+                self._answer(Lacking(load.epoch, load.part, messages.EVERYTHING))
 
     def _commit(self, load: Load) -> None:
         self._metrics.lag(len(self.machine.pending))

@@ -15,6 +15,7 @@ from checkpointd.errors import StreamError
 from checkpointd.stream.records import split_records
 from checkpointd.wire.frames import U32_MAX, FrameError, Kind, PartEnd, check_digest
 from checkpointd.wire.messages import EVERYTHING, RANGES_MAX
+from checkpointd.wire.reduced import Reduced, unpack
 
 if TYPE_CHECKING:
     from checkpointd.wire.frames import Digester, Header, Octets
@@ -60,7 +61,9 @@ class Load:
     part: int
     final: bool
     octets: int
+    surplus: int = 0  # octets of `octets` that are free once nothing is reduced
     pages: list[Octets] = field(default_factory=list)  # PAGE_DATA records
+    reduced: list[Reduced] = field(default_factory=list)  # more of them, until they are expanded
     zero: list[Octets] = field(default_factory=list)  # pfn words
     gone: list[Octets] = field(default_factory=list)  # pfn words
     context: bytes = b""  # tail records, final part only
@@ -103,10 +106,11 @@ class EpochAssembler:
         self._part = 0  # the part in the making
         self._last: Acked | None = None  # the last epoch acked
         self._whole = False  # the part has left as a Load and is not acked yet
-        self._frames: dict[int, tuple[Kind, Octets]] = {}
+        self._frames: dict[int, tuple[Kind, Octets | Reduced]] = {}
         self._end: PartEnd | None = None
         self._hungry = False  # a frame of the part was not kept for want of memory
         self._taken = 0  # octets reserved
+        self._size = 0  # octets that the part takes once nothing of it is reduced
         self.discarded = 0  # partial epochs thrown away
         self.starved = 0  # frames not kept because other epochs held the memory
 
@@ -144,6 +148,9 @@ class EpochAssembler:
             return Lacking(epoch, part, EVERYTHING)
         if self._whole:
             return None
+        if self._hungry and any(kind is Kind.REDUCED for kind, _ in self._frames.values()):
+            # They take more until they are expanded. What is asked for again comes as it is.
+            self.restart_part()
         self._hungry = False
         return Lacking(epoch, part, self._gaps())
 
@@ -163,7 +170,7 @@ class EpochAssembler:
         self._budget.give_back(self._taken)
         self._frames = {}
         self._end = None
-        self._taken = 0
+        self._taken = self._size = 0
         self._whole = self._hungry = False
 
     def discard(self) -> None:
@@ -180,19 +187,24 @@ class EpochAssembler:
             return
         if self._end and header.sequence >= self._end.frames:
             raise FrameError("sequence", f"is {header.sequence} of {self._end.frames} frames")
-        self._check(header.kind, payload)
-        cost = len(payload) + FRAME_OVERHEAD
-        if self._taken + cost > self._budget.limit:
+        content = unpack(payload) if header.kind is Kind.REDUCED else payload
+        if not isinstance(content, Reduced):
+            self._check(header.kind, content)
+        size = _length(content) + FRAME_OVERHEAD
+        if self._size + size > self._budget.limit:
             raise FrameError("octets", f"of a part exceed the limit of {self._budget.limit}")
+        cost = _cost(content) + FRAME_OVERHEAD
         if not self._budget.take(cost):
             # Committing other epochs frees memory; the primary asks again for what is missing.
             self.starved += 1
             self._hungry = True
             return
         self._taken += cost
-        self._frames[header.sequence] = (header.kind, payload)
+        self._size += size
+        self._frames[header.sequence] = (header.kind, content)
 
     def _check(self, kind: Kind, payload: Octets) -> None:
+        """All of it but REDUCED, of which only what it stands for can be checked (expander.py)."""
         fault: str | None
         match kind:
             case Kind.PAGES:
@@ -223,13 +235,17 @@ class EpochAssembler:
         end = self._end
         if end is None or len(self._frames) < end.frames:
             return None
-        octets = sum(len(payload) for _, payload in self._frames.values())
+        octets = sum(_length(content) for _, content in self._frames.values())
         if octets != end.octets:
             raise FrameError("octets", f"is {end.octets}, but {octets} came")
         load = Load(self._epoch, self._part, end.final, self._taken)
         context, audit = [], []
         for sequence in range(end.frames):
             kind, payload = self._frames[sequence]
+            if isinstance(payload, Reduced):
+                load.reduced.append(payload)
+                load.surplus += _cost(payload) - _length(payload)
+                continue
             match kind:
                 case Kind.PAGES:
                     load.pages.append(payload)
@@ -244,7 +260,7 @@ class EpochAssembler:
         load.context, load.audit = b"".join(context), b"".join(audit)
         _check_ends(load)
         # From here on the Load owns the reservation.
-        self._frames, self._taken, self._whole = {}, 0, True
+        self._frames, self._taken, self._size, self._whole = {}, 0, 0, True
         return load
 
     def _gaps(self) -> tuple[tuple[int, int], ...]:
@@ -269,6 +285,16 @@ class EpochAssembler:
         if self._last and epoch == self._last.epoch and part <= self._last.part:
             return Acked(epoch, part, final=part == self._last.part)
         return None
+
+
+def _length(content: Octets | Reduced) -> int:
+    """Octets, once it is not reduced."""
+    return content.length if isinstance(content, Reduced) else len(content)
+
+
+def _cost(content: Octets | Reduced) -> int:
+    """Octets, until then."""
+    return content.length + content.octets if isinstance(content, Reduced) else len(content)
 
 
 def _ends(header: Header) -> bool:

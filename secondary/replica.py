@@ -21,12 +21,13 @@ from checkpointd.stream.records import RecordType
 from checkpointd.stream.writer import record_header
 
 from . import scrub
+from .expander import Expander
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from checkpointd.wire.frames import Octets
+    from checkpointd.wire.frames import Digester, Octets
 
     from .epochs import Budget, Load
 
@@ -86,6 +87,11 @@ class _Overlay:
         kept = self._pages.count() * PAGE_SIZE + sum(len(words) for words in self._gone)
         self._budget.give_back(self._taken - kept)
         self._taken = kept
+
+    @property
+    def pages(self) -> tuple[int, native.Bitmap]:
+        """Address of pfn 0, and which pages are there."""
+        return self._memory.address, self._pages
 
     def merge(self, image: int, populated: native.Bitmap) -> None:
         # A page that went and came back is in the overlay, so first what went.
@@ -151,6 +157,7 @@ class Replica:
         self.changed: native.Bitmap | None = None
         self._uuid = uuid
         self._budget = budget
+        self._expander = Expander()
         self._overlay: _Overlay | None = None
         self._live_epoch = 0  # whose live parts the overlay holds
         self._nr_extents = -(-nr_pfns // EXTENT_PAGES)
@@ -193,8 +200,8 @@ class Replica:
         self.epoch, self.context = epoch, context
         self.state = State.WHOLE
 
-    def admit(self, load: Load) -> None:
-        """Make a whole part ready for its ack: afterwards its commit cannot fail. Raises NoRoomError.
+    def admit(self, load: Load, key: Digester) -> None:
+        """Make a whole part ready for its ack: afterwards its commit cannot fail. Raises NoRoomError, NotHeldError.
 
         A live part is taken in, and its Load can be let go; a final one stays the caller's until
         commit().
@@ -202,6 +209,9 @@ class Replica:
         if load.epoch != self._live_epoch:
             self.forget_live()  # of an epoch that was given up
             self._live_epoch = load.epoch
+        image = (self._memory.address, self.populated)
+        overlay = self._overlay.pages if self._overlay else None
+        self._expander.expand(load, key, self.nr_pfns, image, overlay)
         self._reserve(load)
         self._touch()
         if load.final:

@@ -86,11 +86,13 @@ class ReplicaWorker:
         return self._restorer.trouble()
 
     def admit(self, load: Load) -> None:
-        """See Replica.admit(). Raises NoRoomError."""
-        self._the_replica().admit(load)
-        if not load.final:
-            self._budget.give_back(load.octets)
-            load.octets = 0
+        """See Replica.admit(). Raises NoRoomError, NotHeldError."""
+        assert self._key is not None, "parts are of a session"
+        self._the_replica().admit(load, self._key)
+        done_with = load.surplus if load.final else load.octets
+        self._budget.give_back(done_with)
+        load.octets -= done_with
+        load.surplus = 0
 
     def commit(self, load: Load) -> CommitDone | CommitFailed:
         replica, key = self._replica, self._key

@@ -167,6 +167,16 @@ class PrimaryOptions(CommonOptions):
         "how many times over the guest's memory is copied while it runs, before protection of a "
         "guest that dirties it faster than that is given up",
     )
+    reduce: str = setting(
+        choice("auto", "always", "off"),
+        "auto",
+        "send pages as what has changed in them, and compressed; auto: where that takes less time than the link would",
+    )
+    delta_history: int = setting(
+        size("1MiB", "1TiB"),
+        "256MiB",
+        "memory for pages as the secondary has them, against which changes are found: taken as it is used",
+    )
     zero_pages: bool = setting(switch(), "yes", "look for pages of zeros, and do not send them")
     unsafe_disk: bool = setting(
         switch(),

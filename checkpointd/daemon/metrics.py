@@ -151,6 +151,9 @@ class PrimaryMetrics(_Base):
             PAGE_KINDS,
         )
         self._sent = self._counter("sent_bytes", "Octets of epochs sent.", *of).labels(d)
+        self._unreduced = self._counter(
+            "unreduced_bytes", "Octets that those sent stand for: before they were reduced.", *of
+        ).labels(d)
         self._rounds = self._counter("live_rounds", "Copies with the guest running.", *of).labels(d)
         self._epochs = _each(
             self._counter("epochs", "Epochs, by how they ended.", "domain", "result"),
@@ -218,7 +221,9 @@ class PrimaryMetrics(_Base):
         """A staged epoch will never be acked: its session is gone."""
         self._epochs["abandoned"].inc()
 
-    def sent_bytes(self, octets: int) -> None:
+    def sent_bytes(self, staged: int, octets: int) -> None:
+        """`octets` went out for the `staged` ones."""
+        self._unreduced.inc(staged)
         self._sent.inc(octets)
 
     def shipped(self, nanoseconds: int) -> None:
@@ -291,6 +296,11 @@ class SecondaryMetrics(_Base):
         self._peer = self._gauge("peer_connected", "1: the primary is heard.", *of)
         self._failovers = self._counter("failovers", "Guests activated.", "domain", "reason")
         self._fences = self._counter("fence_attempts", "Attempts to fence.", "domain", "result")
+        self._not_held = self._counter(
+            "reduced_parts_refused",
+            "Parts whose changes did not fit what is held, and were asked for as they are.",
+            *of,
+        )
         self._alarms = self._counter("alarms", "Alarms raised; the log says which.", *of)
         self._states = self._state(states)
 
@@ -326,6 +336,7 @@ class StandbyMetrics:
         self._peer = of._peer.labels(domain)
         self._failovers = _each(of._failovers, domain, FAILOVER_REASONS)
         self._fences = _each(of._fences, domain, FENCE_RESULTS)
+        self._not_held = of._not_held.labels(domain)
         self._alarms = of._alarms.labels(domain)
         self._states = of._states.labels(domain)
 
@@ -341,6 +352,10 @@ class StandbyMetrics:
     def discarded(self) -> None:
         """An epoch that was never whole is gone."""
         self._epochs["discarded"].inc()
+
+    def not_held(self) -> None:
+        """A part that came reduced did not fit what is held."""
+        self._not_held.inc()
 
     def lag(self, epochs: int) -> None:
         self._lag.set(epochs)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpointd.native.bitmap import handle_of
-from checkpointd.native.image import fault_text
-from checkpointd.native.library import ffi, lib
+from checkpointd.native.image import check_record, fault_text
+from checkpointd.native.library import MAX_PFNS, ffi, lib
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -57,8 +57,10 @@ class History:
         then has its pages. Without `out` no body is made, with all else the same: for one pfn in `every`, a power of
         two, the others being forgotten.
 
-        Raises ValueError if `out` is too small.
+        Raises ValueError if `out` is too small, or the record malformed; nothing is changed then.
         """
+        if fault := check_record(record, MAX_PFNS):
+            raise ValueError(f"PAGE_DATA record: {fault}")
         source = ffi.from_buffer("uint8_t[]", record)
         target = ffi.NULL
         if out is not None:

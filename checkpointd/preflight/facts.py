@@ -56,6 +56,7 @@ class Wanted:
     arena: int
     arenas: int
     mapping_budget: int
+    delta_history: int  # 0: there is none
     unsafe_disk: bool
     unsafe_output: bool
     unsafe_untested_xen: bool

@@ -49,6 +49,7 @@ def gather(options: PrimaryOptions, timeout: float = TIMEOUT) -> Facts:
             arena=options.arena,
             arenas=options.arenas,
             mapping_budget=options.mapping_budget,
+            delta_history=options.delta_history if options.reduce != "off" else 0,
             unsafe_disk=options.unsafe_disk,
             unsafe_output=options.unsafe_output,
             unsafe_untested_xen=options.unsafe_untested_xen,

@@ -277,13 +277,16 @@ def _memory_here(domain: DomainFacts, facts: Facts, here: Capacity) -> Item:
     mapped = min(wanted.mapping_budget, info.ram_pages * PAGE_SIZE)
     # A PV dom0, and any process elsewhere, pays for a mapping with entries of page tables, 8 octets a page.
     mappings = mapped if here.ballooned else mapped // 512
-    need = arenas + mappings + PER_PFN * info.nr_pfns
+    history = min(wanted.delta_history, info.ram_pages * PAGE_SIZE)
+    need = arenas + mappings + history + PER_PFN * info.nr_pfns
     text = (
         f"{mib(need)} of {mib(here.memory_free)}: {mib(arenas)} arenas, {mib(mappings)} mappings, "
-        f"{mib(PER_PFN * info.nr_pfns)} bitmaps"
+        f"{mib(history)} history, {mib(PER_PFN * info.nr_pfns)} bitmaps"
     )
     if need <= here.memory_free:
         return Item("memory here", Verdict.OK, text)
     return refused(
-        "memory here", text, "lower --mapping-budget or --arena, or give this machine memory"
+        "memory here",
+        text,
+        "lower --mapping-budget, --delta-history or --arena, or give this machine memory",
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Octets: TypeAlias = bytes | bytearray | memoryview
 
 MAGIC: Final = 0x314B4843  # "CHK1" as octets
-VERSION: Final = 3
+VERSION: Final = 4
 HEADER_BYTES: Final = 64
 FLAG: Final = 1  # the one flag of a kind that has one; section 3 says what it means there
 NO_DIGEST: Final = bytes(16)
@@ -87,6 +87,7 @@ class Kind(IntEnum):
     AUDIT = 0x85
     PART_END = 0x86
     DIGESTS_WANTED = 0x87
+    REDUCED = 0x88
 
     DIGESTS = 0xC1
 
@@ -161,6 +162,7 @@ _SHAPES: Final = {
     Kind.AUDIT: _shape(_IN_PART, low=24, high=BULK_PAYLOAD_MAX, unit=24),
     Kind.PART_END: _shape(_IN_PART, low=16, high=16),
     Kind.DIGESTS_WANTED: _shape(),
+    Kind.REDUCED: _shape(_IN_PART, low=33, high=BULK_PAYLOAD_MAX),
     Kind.DIGESTS: _shape("sequence flags digest", low=8, high=BULK_PAYLOAD_MAX, unit=16, offset=8),
 }
 
@@ -284,7 +286,7 @@ class PartEnd:
 
     frames: int  # as many as its own sequence says
     final: bool  # this part ends the epoch
-    octets: int  # sum of the payload lengths of those frames
+    octets: int  # sum of the payload lengths of those frames; a REDUCED one counts as what it stands for
 
     def pack(self) -> bytes:
         return _PART_END.pack(self.frames, FLAG if self.final else 0, self.octets)

@@ -24,6 +24,7 @@ from checkpointd.primary.protection import Protection
 from checkpointd.secondary.epochs import Load
 from checkpointd.wire import messages
 from checkpointd.wire.frames import Kind
+from checkpointd.wire.reduced import Reduced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from pair import Engine, Guest, Table
 
+    from checkpointd.primary.epoch import Frame
     from checkpointd.primary.events import Event, Instruction, ShipFailed, Shipped
 
 planted_or_not = pytest.mark.parametrize("planted", [False, True], ids=["sound", "planted"])
@@ -116,6 +118,36 @@ def _dirty_pages(guest: Guest) -> list[int]:
     zero = bytes(PAGE_SIZE)
     with replay(guest.logs, 64) as memory:
         return [pfn for pfn in range(1, memory.nr_pfns) if memory.page(pfn) != zero]
+
+
+# -------------------------------------------------------------------- what the standby is thought to hold
+
+
+@planted_or_not
+def test_a_history_of_pages_that_the_standby_does_not_have(pair: Pair, planted: bool) -> None:
+    """Found by the digest of what was staged, before anything is taken in; the part then comes as it is."""
+    guest, standby, engine = protect(pair, "dirty:64@50", reduce="always")
+    reducer = engine.service._shipper._reducer
+    assert reducer is not None
+    reduce = reducer.reduce
+
+    def twice(frame: Frame) -> bytes | None:
+        """The history goes along with what does not leave."""
+        reduce(frame)
+        return reduce(frame)
+
+    engine.committed()
+    if planted:
+        reducer.reduce = twice  # type: ignore[method-assign]  # the plant
+    engine.committed()
+    engine.committed()
+    assert standby.replica(guest).equal
+    assert engine.machine.state == "protected"
+    labels = {"domain": guest.info.name}
+    refused = standby.metrics.registry.get_sample_value(
+        "checkpointd_reduced_parts_refused_total", labels
+    )
+    verdict("refused" if refused else "", planted)
 
 
 # -------------------------------------------------------------------- arenas
@@ -352,10 +384,13 @@ def _commit_at_start(standby: Standby, guest: Guest) -> None:
         assert key is not None
         frames = assembler._frames.values()
         assert frames, "nothing of an unacked epoch has arrived"
-        context = b"".join(bytes(octets) for kind, octets in frames if kind is Kind.CONTEXT)
+        context = b"".join(bytes(part) for kind, part in frames if kind is Kind.CONTEXT)  # type: ignore[arg-type]
         load = Load(assembler.under_way[0], 0, True, 0, context=context or replica.context)
-        load.pages = [octets for kind, octets in frames if kind is Kind.PAGES]
-        replica.admit(load)
+        for _, content in frames:
+            if isinstance(content, Reduced):
+                load.reduced.append(content)
+        load.pages = [part for kind, part in frames if kind is Kind.PAGES]  # type: ignore[misc]
+        replica.admit(load, key)
         replica.commit(load, key)
         return start(paused=paused)
 

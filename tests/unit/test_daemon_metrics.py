@@ -160,7 +160,7 @@ def test_two_daemons_in_one_process_do_not_meet() -> None:
 def test_counting_from_many_threads_loses_nothing(primary: PrimaryMetrics) -> None:
     def count() -> None:
         for _ in range(500):
-            primary.sent_bytes(3)
+            primary.sent_bytes(4, 3)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:

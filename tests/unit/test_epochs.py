@@ -30,6 +30,8 @@ from checkpointd.wire.frames import (
     PartEnd,
     seal,
 )
+from checkpointd.wire.messages import EVERYTHING
+from checkpointd.wire.reduced import CHANGES, Reduced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -358,4 +360,64 @@ def test_whatever_a_trusted_peer_sends_ends_in_an_answer_or_a_frame_error(
         except FrameError:
             bench.assembler.restart_part()
         assert bench.budget.used <= bench.budget.limit
+    bench.close()
+
+
+# ---------------------------------------------------------------- frames that come reduced
+
+
+def reduced(record: bytes, octets: int = 100, sequence: int = 0) -> Frame:
+    """A REDUCED frame that stands for a record, its body of so many octets, whatever they hold."""
+    body = Reduced(KEY.digest(record), len(record), octets, CHANGES, bytes(octets))
+    return frame(Kind.REDUCED, body.pack(), sequence=sequence)
+
+
+def reduced_part(octets: int = 100, *, final: bool = True) -> list[Frame]:
+    """Two frames of pages, the first of them reduced."""
+    first, second = pages(1, 2), pages(3)
+    frames = [reduced(first, octets), frame(Kind.PAGES, second, sequence=1)]
+    length = len(first) + len(second)
+    if final:
+        frames.append(frame(Kind.CONTEXT, TAIL, sequence=2))
+        length += len(TAIL)
+    end = PartEnd(len(frames), final, length).pack()
+    return [*frames, frame(Kind.PART_END, end, sequence=len(frames))]
+
+
+def test_a_reduced_frame_counts_as_what_it_stands_for(bench: Bench) -> None:
+    frames = reduced_part()
+    (load,) = bench.feed(*frames)
+    assert isinstance(load, Load)
+    assert [part.length for part in load.reduced] == [len(pages(1, 2))]
+    assert load.pages == [frames[1][1]]
+    # Until it is expanded, both are to be kept.
+    kept = [len(pages(1, 2)) + len(frames[0][1]), len(frames[1][1]), len(TAIL)]
+    assert bench.budget.used == sum(kept) + 3 * FRAME_OVERHEAD
+    assert load.surplus == len(frames[0][1])
+
+
+def test_a_malformed_reduced_frame_is_named(bench: Bench) -> None:
+    with pytest.raises(FrameError, match="REDUCED has a body of 0"):
+        bench.feed(frame(Kind.REDUCED, reduced(pages(1), 0)[1] + b"?"))
+
+
+def test_where_memory_is_short_reduced_frames_are_asked_for_as_they_are() -> None:
+    """They take more than what they stand for: a part that fits must not starve because it came reduced."""
+    frames = reduced_part(octets=4000)
+    size = len(pages(1, 2)) + len(pages(3)) + len(TAIL)
+    bench = Bench(size + 3 * FRAME_OVERHEAD)
+    assert bench.feed(*frames) == []
+    assert bench.assembler.query(1, 0) == Lacking(1, 0, EVERYTHING)
+    assert bench.budget.used == 0
+    frames[0] = frame(Kind.PAGES, pages(1, 2))
+    (load,) = bench.feed(*frames)
+    assert isinstance(load, Load)
+    assert load.surplus == 0
+    bench.close()
+
+
+def test_a_part_that_is_too_large_is_refused_however_it_comes() -> None:
+    bench = Bench(len(pages(1, 2)) + FRAME_OVERHEAD - 1)
+    with pytest.raises(FrameError, match="exceed the limit"):
+        bench.feed(reduced(pages(1, 2)))
     bench.close()

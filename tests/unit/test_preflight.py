@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIB, GIB = 1 << 20, 1 << 30
-WANTED = Wanted(32 * MIB, 2, GIB, False, False, False, "standby:10946:10947")
+WANTED = Wanted(32 * MIB, 2, GIB, 256 * MIB, False, False, False, "standby:10946:10947")
 # A PVH guest of 160 MiB: its p2m has the hole below 4 GiB.
 INFO = DomainInfo(
     "12345678-1234-4234-8234-123456789abc",
@@ -244,16 +244,25 @@ def test_both_sides_run_one_release_of_one_hypervisor() -> None:
     is_refused(with_peer(hypervisor="embedded"), "releases")
 
 
-def test_memory_here_counts_arenas_mappings_and_bitmaps() -> None:
-    # 64 MiB of arenas, 160 MiB of mapped guest, 0.996 MiB for the p2m.
-    need = 64 * MIB + 160 * MIB + INFO.nr_pfns
+def test_memory_here_counts_arenas_mappings_history_and_bitmaps() -> None:
+    # 64 MiB of arenas, 160 MiB of mapped guest, as much for its history, 0.996 MiB for the p2m.
+    need = 64 * MIB + 160 * MIB + 160 * MIB + INFO.nr_pfns
     ballooned = replace(HERE, ballooned=True)
     assert exit_code(judge(replace(GOOD, here=replace(ballooned, memory_free=need)))) == 0
     is_refused(replace(GOOD, here=replace(ballooned, memory_free=need - 1)), "memory here")
 
 
+def test_a_history_is_no_larger_than_it_may_be_nor_there_where_nothing_is_reduced() -> None:
+    rest = 64 * MIB + 160 * MIB // 512 + INFO.nr_pfns
+    for history in (0, 8 * MIB):
+        good = replace(GOOD, wanted=replace(GOOD.wanted, delta_history=history))
+        enough = replace(HERE, memory_free=rest + history)
+        assert exit_code(judge(replace(good, here=enough))) == 0
+        is_refused(replace(good, here=replace(HERE, memory_free=rest + history - 1)), "memory here")
+
+
 def test_a_pv_dom0_pays_for_page_tables_only() -> None:
-    need = 64 * MIB + 160 * MIB // 512 + INFO.nr_pfns
+    need = 64 * MIB + 160 * MIB // 512 + 160 * MIB + INFO.nr_pfns
     assert exit_code(judge(replace(GOOD, here=replace(HERE, memory_free=need)))) == 0
     is_refused(replace(GOOD, here=replace(HERE, memory_free=need - 1)), "memory here")
 

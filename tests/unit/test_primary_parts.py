@@ -140,11 +140,12 @@ class Bench:
         self.reports: queue.Queue[Shipped | ShipFailed | Known] = queue.Queue()
         self.fatal: queue.Queue[BaseException] = queue.Queue()
         self.session = Session(7, 1, DigestKey(bytes(32)))
-        self.octets = 0
+        self.staged = self.octets = 0
         self.shipper = Shipper(self.link, self.reports.put, self.fatal.put, self._count)  # type: ignore[arg-type] # a fake
         self.shipper.start()
 
-    def _count(self, octets: int) -> None:
+    def _count(self, staged: int, octets: int) -> None:
+        self.staged += staged
         self.octets += octets
 
     def frames(self) -> list[Frame]:

@@ -45,7 +45,7 @@ def test_layout_is_that_of_the_specification() -> None:
         flags=1,
     )
     assert pack(header).hex() == (
-        "43484b31" "0300" "4400" "01000000" "44434241"
+        "43484b31" "0400" "4400" "01000000" "44434241"
         "1817161514131211" "2827262524232221" "3837363534333231"
         "00000000" "00000000" + 16 * "00"
     )  # fmt: skip
@@ -62,7 +62,8 @@ def test_kinds_are_those_of_the_specification() -> None:
         "COMMITTED": 0x46, "FULL_COPY_WANTED": 0x47, "RETIRED": 0x48,
         "ENGINE_LOST_HEARD": 0x49,
         "PAGES": 0x81, "ZERO": 0x82, "GONE": 0x83, "CONTEXT": 0x84, "AUDIT": 0x85,
-        "PART_END": 0x86, "DIGESTS_WANTED": 0x87, "DIGESTS": 0xC1,
+        "PART_END": 0x86, "DIGESTS_WANTED": 0x87, "REDUCED": 0x88,
+        "DIGESTS": 0xC1,
     }  # fmt: skip
 
 
@@ -86,8 +87,8 @@ def test_what_is_packed_is_unpacked(
     ("field", "offset", "octets"),
     [
         ("magic", 0, b"CHK2"),
-        ("version", 4, b"\x04\x00"),
-        ("version", 4, b"\x02\x00"),
+        ("version", 4, b"\x05\x00"),
+        ("version", 4, b"\x03\x00"),
         ("kind", 6, b"\x00\x00"),
         ("kind", 6, b"\x81\x01"),
         ("flags", 8, b"\x01\x00\x00\x00"),  # PAGES has none
