@@ -47,8 +47,12 @@ class Guest:
     def client(self, retry: float = 5.0) -> KvClient:
         """One that asks again after `retry` s: by default only when something is lost."""
         self._clients += 1
+        return KvClient(self.transport(), f"bench{self._clients}", retry=retry)
+
+    def transport(self) -> UdpTransport:
+        """To the guest's address, for as long as it is."""
         self._transports.append(UdpTransport(str(self._info.config["address"])))
-        return KvClient(self._transports[-1], f"bench{self._clients}", retry=retry)
+        return self._transports[-1]
 
     def step(self) -> int:
         """How many things it has done since its start."""

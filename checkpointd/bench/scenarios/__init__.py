@@ -19,6 +19,7 @@ NAMES = (
     "libxc",
     "whole",
     "copy",
+    "wire",
     "commit",
     "latency",
     "loss",
