@@ -17,7 +17,7 @@ from checkpointd.wire.frames import Header, Kind
 
 from .authority import Authority
 from .digests import DigestAnswer
-from .epochs import Acked, EpochAssembler, Lacking, Load
+from .epochs import Acked, Arrived, EpochAssembler, Lacking, Load
 from .expander import NotHeldError
 from .jobs import Jobs, nothing
 from .replica import NoRoomError
@@ -266,8 +266,16 @@ class Driver:
             self._digests.cancel()
             self._digests = None
         key = DigestKey(hello.digest_seed)
+
+        def foresee(epoch: int, content: Octets | Arrived) -> None:
+            self._replica_jobs.do(lambda: self._worker.foresee(session, epoch, content), nothing)
+
         self._assembler = EpochAssembler(
-            hello.info.nr_pfns, key, self._around.budget, first_epoch=hello.first_epoch
+            hello.info.nr_pfns,
+            key,
+            self._around.budget,
+            first_epoch=hello.first_epoch,
+            foresee=foresee,
         )
         self._discarded = 0
         now = self._around.clock()

@@ -15,10 +15,13 @@ from checkpointd.errors import StreamError
 from checkpointd.stream.records import split_records
 from checkpointd.wire.frames import U32_MAX, FrameError, Kind, PartEnd, check_digest
 from checkpointd.wire.messages import EVERYTHING, RANGES_MAX
-from checkpointd.wire.reduced import Reduced, unpack
+from checkpointd.wire.reduced import unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from checkpointd.wire.frames import Digester, Header, Octets
+    from checkpointd.wire.reduced import Reduced
 
 # Octets counted for each frame beside its payload: header, objects and their places in tables. It keeps
 # a peer that sends the smallest frames there are within the budget.
@@ -54,6 +57,23 @@ class Budget:
 
 
 @dataclass(slots=True)
+class Arrived:
+    """A frame that came reduced, and the record that it stands for once the replica's thread has made it."""
+
+    reduced: Reduced
+    record: Octets | None = None
+
+    @property
+    def length(self) -> int:
+        return self.reduced.length
+
+    @property
+    def octets(self) -> int:
+        """Of both."""
+        return self.reduced.length + self.reduced.octets
+
+
+@dataclass(slots=True)
 class Load:
     """A whole part. `octets` are reserved for it in the budget until its owner gives them back."""
 
@@ -63,7 +83,7 @@ class Load:
     octets: int
     surplus: int = 0  # octets of `octets` that are free once nothing is reduced
     pages: list[Octets] = field(default_factory=list)  # PAGE_DATA records
-    reduced: list[Reduced] = field(default_factory=list)  # more of them, until they are expanded
+    reduced: list[Arrived] = field(default_factory=list)  # more of them, until they are expanded
     zero: list[Octets] = field(default_factory=list)  # pfn words
     gone: list[Octets] = field(default_factory=list)  # pfn words
     context: bytes = b""  # tail records, final part only
@@ -97,8 +117,19 @@ class EpochAssembler:
     in front of it was acked.
     """
 
-    def __init__(self, nr_pfns: int, key: Digester, budget: Budget, *, first_epoch: int) -> None:
-        """Epochs below `first_epoch` are none of this session's."""
+    def __init__(
+        self,
+        nr_pfns: int,
+        key: Digester,
+        budget: Budget,
+        *,
+        first_epoch: int,
+        foresee: Callable[[int, Octets | Arrived], None] = lambda epoch, content: None,
+    ) -> None:
+        """Epochs below `first_epoch` are none of this session's. `foresee` hears of each frame of pages that is kept,
+        and of which epoch it is: what can be made ready for it need not wait until its part is whole.
+        """
+        self._foresee = foresee
         self._nr_pfns = nr_pfns
         self._key = key
         self._budget = budget
@@ -106,7 +137,7 @@ class EpochAssembler:
         self._part = 0  # the part in the making
         self._last: Acked | None = None  # the last epoch acked
         self._whole = False  # the part has left as a Load and is not acked yet
-        self._frames: dict[int, tuple[Kind, Octets | Reduced]] = {}
+        self._frames: dict[int, tuple[Kind, Octets | Arrived]] = {}
         self._end: PartEnd | None = None
         self._hungry = False  # a frame of the part was not kept for want of memory
         self._taken = 0  # octets reserved
@@ -187,8 +218,11 @@ class EpochAssembler:
             return
         if self._end and header.sequence >= self._end.frames:
             raise FrameError("sequence", f"is {header.sequence} of {self._end.frames} frames")
-        content = unpack(payload) if header.kind is Kind.REDUCED else payload
-        if not isinstance(content, Reduced):
+        content: Octets | Arrived
+        if header.kind is Kind.REDUCED:
+            content = Arrived(unpack(payload))
+        else:
+            content = payload
             self._check(header.kind, content)
         size = _length(content) + FRAME_OVERHEAD
         if self._size + size > self._budget.limit:
@@ -202,6 +236,8 @@ class EpochAssembler:
         self._taken += cost
         self._size += size
         self._frames[header.sequence] = (header.kind, content)
+        if header.kind in (Kind.PAGES, Kind.REDUCED):
+            self._foresee(header.epoch, content)
 
     def _check(self, kind: Kind, payload: Octets) -> None:
         """All of it but REDUCED, of which only what it stands for can be checked (expander.py)."""
@@ -242,7 +278,7 @@ class EpochAssembler:
         context, audit = [], []
         for sequence in range(end.frames):
             kind, payload = self._frames[sequence]
-            if isinstance(payload, Reduced):
+            if isinstance(payload, Arrived):
                 load.reduced.append(payload)
                 load.surplus += _cost(payload) - _length(payload)
                 continue
@@ -287,14 +323,14 @@ class EpochAssembler:
         return None
 
 
-def _length(content: Octets | Reduced) -> int:
+def _length(content: Octets | Arrived) -> int:
     """Octets, once it is not reduced."""
-    return content.length if isinstance(content, Reduced) else len(content)
+    return content.length if isinstance(content, Arrived) else len(content)
 
 
-def _cost(content: Octets | Reduced) -> int:
+def _cost(content: Octets | Arrived) -> int:
     """Octets, until then."""
-    return content.length + content.octets if isinstance(content, Reduced) else len(content)
+    return content.octets if isinstance(content, Arrived) else len(content)
 
 
 def _ends(header: Header) -> bool:

@@ -15,10 +15,10 @@ from checkpointd.wire.frames import FrameError
 from checkpointd.wire.reduced import Codec
 
 if TYPE_CHECKING:
-    from checkpointd.wire.frames import Digester
+    from checkpointd.wire.frames import Digester, Octets
     from checkpointd.wire.reduced import Reduced
 
-    from .epochs import Load
+    from .epochs import Arrived
 
 Pages = tuple[int, native.Bitmap]  # address of pfn 0, and which pages are there
 
@@ -34,12 +34,12 @@ class Expander:
         self._codec = Codec()
 
     def expand(
-        self, load: Load, key: Digester, nr_pfns: int, image: Pages, overlay: Pages | None
-    ) -> None:
-        """Put the PAGES that the load's reduced frames stand for in their place. Raises NotHeldError."""
-        while load.reduced:
-            load.pages.append(self._record(load.reduced[-1], key, nr_pfns, image, overlay))
-            load.reduced.pop()
+        self, arrived: Arrived, key: Digester, nr_pfns: int, image: Pages, overlay: Pages | None
+    ) -> Octets:
+        """The record that it stands for, made once. Raises NotHeldError."""
+        if arrived.record is None:
+            arrived.record = self._record(arrived.reduced, key, nr_pfns, image, overlay)
+        return arrived.record
 
     def _record(
         self, reduced: Reduced, key: Digester, nr_pfns: int, image: Pages, overlay: Pages | None

@@ -21,10 +21,11 @@ from checkpointd.stream.records import RecordType
 from checkpointd.stream.writer import record_header
 
 from . import scrub
-from .expander import Expander
+from .epochs import Arrived
+from .expander import Expander, NotHeldError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from checkpointd.wire.frames import Digester, Octets
@@ -206,13 +207,11 @@ class Replica:
         A live part is taken in, and its Load can be let go; a final one stays the caller's until
         commit().
         """
-        if load.epoch != self._live_epoch:
-            self.forget_live()  # of an epoch that was given up
-            self._live_epoch = load.epoch
-        image = (self._memory.address, self.populated)
-        overlay = self._overlay.pages if self._overlay else None
-        self._expander.expand(load, key, self.nr_pfns, image, overlay)
-        self._reserve(load)
+        self._begin_epoch(load.epoch)
+        while load.reduced:
+            load.pages.append(self._expand(load.reduced[-1], key))
+            load.reduced.pop()
+        self._reserve(_words_with_memory(load))
         self._touch()
         if load.final:
             return
@@ -222,6 +221,15 @@ class Replica:
         if self._overlay is None:
             self._overlay = _Overlay(self._uuid, self.nr_pfns, self._budget)
         self._overlay.take(load)
+
+    def foresee(self, epoch: int, content: Octets | Arrived, key: Digester) -> None:
+        """A frame of pages whose part is not whole yet: what admit() will need of it is done now, as far as it goes.
+        What fails will fail there again, and is told then.
+        """
+        self._begin_epoch(epoch)
+        with suppress(NoRoomError, NotHeldError):
+            record = self._expand(content, key) if isinstance(content, Arrived) else content
+            self._reserve([_record_words(record)])
 
     def commit(self, load: Load, key: scrub.PageDigester) -> tuple[int, tuple[int, ...]]:
         """The admitted final part, over its live parts, is the replica now.
@@ -245,6 +253,16 @@ class Replica:
             self.state = State.WHOLE
         self.forget_live()
         return scrub.audit(load.audit, self._memory.address, self.populated, key)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if epoch != self._live_epoch:
+            self.forget_live()  # of an epoch that was given up
+            self._live_epoch = epoch
+
+    def _expand(self, arrived: Arrived, key: Digester) -> Octets:
+        image = (self._memory.address, self.populated)
+        overlay = self._overlay.pages if self._overlay else None
+        return self._expander.expand(arrived, key, self.nr_pfns, image, overlay)
 
     def _note_changes(self, load: Load) -> None:
         if self.changed is None:
@@ -329,9 +347,10 @@ class Replica:
         if length:
             yield first, length
 
-    def _reserve(self, load: Load) -> None:
+    def _reserve(self, lists: Iterable[Octets]) -> None:
+        """Memory for the pages of these pfn words. Raises NoRoomError."""
         missing = native.Bitmap(self._nr_extents)
-        for words in _words_with_memory(load):
+        for words in lists:
             native.mark_extents(missing, self._reserved, words)
         for extent in missing:
             offset = extent * EXTENT_BYTES

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from checkpointd.hypervisor.port import DomainInfo
+    from checkpointd.wire.frames import Octets
     from checkpointd.wire.messages import Hello
 
     from .activations import Activation, Activations
-    from .epochs import Budget, Load
+    from .epochs import Arrived, Budget, Load
     from .keep import ImageKeeper
     from .restorers import Restorer
 
@@ -55,6 +56,7 @@ class ReplicaWorker:
         self._keeper = keeper
         self._clock = clock
         self._info: DomainInfo | None = None
+        self._session = 0
         self._key: DigestKey | None = None
         self._static = b""
         self._replica: Replica | None = None
@@ -66,6 +68,7 @@ class ReplicaWorker:
         if self._info is not None and self._info != info:
             self._restorer.discard()  # what is prepared is built from the old description
         # A key of its own: the acceptor's thread digests frames by another.
+        self._session = hello.session
         self._info, self._key, self._static = (
             info,
             DigestKey(hello.digest_seed),
@@ -84,6 +87,11 @@ class ReplicaWorker:
     def trouble(self) -> str:
         """Why an activation is likely to fail though the replica is whole; from any thread."""
         return self._restorer.trouble()
+
+    def foresee(self, session: int, epoch: int, content: Octets | Arrived) -> None:
+        """See Replica.foresee(). Not before the first part of a replica is whole: it may be that none will be."""
+        if self._replica is not None and self._key is not None and session == self._session:
+            self._replica.foresee(epoch, content, self._key)
 
     def admit(self, load: Load) -> None:
         """See Replica.admit(). Raises NoRoomError, NotHeldError."""

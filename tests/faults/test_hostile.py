@@ -208,14 +208,20 @@ def test_a_trusted_peer_that_sends_garbage_harms_no_session(pair: Pair) -> None:
     assert standby.replica(guest).equal
 
 
-@pytest.mark.parametrize("what", ["digest", "record"])
+# The octet that is spoilt: the last one of a page; the count of pages; the flags of what came reduced.
+SPOILT = {"digest": (Kind.PAGES, -1), "record": (Kind.PAGES, 8), "reduced": (Kind.REDUCED, 24)}
+
+
+@pytest.mark.parametrize("what", SPOILT)
 def test_a_session_that_sends_garbage_ends_alone(pair: Pair, what: str) -> None:
     """One engine's frame is malformed: its session is suspended, and its next hello takes it up again; the other
     guest's goes on.
     """
     standby = pair.standby(silence=30_000 * MS)
     guests = [pair.guest("dirty:32@50", domid=domid) for domid in (4, 5)]
-    mad, sane = (pair.engine(guest, standby, ack_timeout=400 * MS) for guest in guests)
+    kind, at = SPOILT[what]
+    reduce = "always" if kind is Kind.REDUCED else "off"
+    mad, sane = (pair.engine(guest, standby, ack_timeout=400 * MS, reduce=reduce) for guest in guests)
     for engine in (mad, sane):
         engine.wait("protected")
         engine.committed()
@@ -223,13 +229,11 @@ def test_a_session_that_sends_garbage_ends_alone(pair: Pair, what: str) -> None:
     spoilt: list[int] = []
 
     def spoil(header: Header, payload: Any = b"", *, timeout_s: float) -> Any:
-        if header.kind is Kind.PAGES and not spoilt:
+        if header.kind is kind and not spoilt:
             wrong = bytearray(payload)
-            wrong[-1 if what == "digest" else 8] ^= (
-                0xFF  # the last octet of a page; the count of pages
-            )
+            wrong[at] ^= 0xFF
             spoilt.append(header.epoch)
-            if what == "record":
+            if what != "digest":
                 header = replace(header, digest=mad.service._session.key.digest(wrong))
             return send(header, bytes(wrong), timeout_s=timeout_s)
         return send(header, payload, timeout_s=timeout_s)

@@ -19,7 +19,7 @@ from checkpointd.native import Bitmap, DigestKey, address_of
 from checkpointd.primary.epoch import Frame
 from checkpointd.primary.reducing import Reducer
 from checkpointd.primary.worth import LEARN_EVERY, SAMPLE, WARM, Always, Worth
-from checkpointd.secondary.epochs import Load
+from checkpointd.secondary.epochs import Arrived, Load
 from checkpointd.secondary.expander import Expander, NotHeldError
 from checkpointd.wire.frames import Kind
 from checkpointd.wire.reduced import unpack
@@ -79,13 +79,13 @@ class Pair:
             reduced = self.reducer.reduce(frame)
             self.octets += frame.payload.nbytes if reduced is None else len(reduced)
             if reduced is not None:
-                load.reduced.append(unpack(reduced))
+                load.reduced.append(Arrived(unpack(reduced)))
             elif frame.kind is Kind.PAGES:
                 load.pages.append(frame.payload)
         self.reducer.sent(10)
         image = (address_of(self.image), self.populated)
-        self.expander.expand(load, KEY, NR_PFNS, image, None)
-        assert not load.reduced
+        for arrived in load.reduced:
+            load.pages.append(self.expander.expand(arrived, KEY, NR_PFNS, image, None))
         sent = [frame.payload for frame in frames if frame.kind is Kind.PAGES]
         assert sorted(map(bytes, load.pages)) == sorted(map(bytes, sent))
         for record in load.pages:

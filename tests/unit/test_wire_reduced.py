@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import pytest
@@ -86,7 +87,5 @@ def test_no_octets_harm_the_codec(at: int, octet: int, cut: int) -> None:
     packed[at % len(packed)] = octet
     content = bytes(packed[: len(packed) - cut % len(packed)])
     reduced = unpack(payload(flags=CHANGES | ZSTD, body_length=1024, body=content or b"\0"))
-    try:
+    with contextlib.suppress(FrameError):
         assert len(codec.body(reduced)) == 1024
-    except FrameError:
-        pass
