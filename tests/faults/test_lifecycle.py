@@ -229,6 +229,20 @@ def test_a_mapping_budget_smaller_than_the_guest(pair: Pair) -> None:
     assert not standby.alarm(guest)
 
 
+def test_a_history_smaller_than_what_the_guest_writes(pair: Pair) -> None:
+    """Two sets of pages, for 512 that are written: what made room for another page travels whole."""
+    guest, standby, engine = protected(
+        pair, "dirty:512@20", memory=8 * MIB, reduce="always", delta_history=MIB, audit_pages=64
+    )
+    engine.acked_beyond(2048 // 64 + 1)
+    shipper = engine.service._shipper
+    assert shipper._reducer is not None
+    assert shipper._reducer._history.capacity < 512
+    assert shipper.sent_bytes < shipper.staged_bytes / 2
+    assert standby.replica(guest).equal
+    assert not standby.alarm(guest)
+
+
 def test_a_burst_larger_than_the_arena_comes_through_live_rounds(pair: Pair) -> None:
     guest, standby, engine = protected(pair, "dirty:2000@4", memory=8 * MIB, arena=MIB)
     with engine.no_epochs():

@@ -19,6 +19,7 @@ NAMES = (
     "libxc",
     "whole",
     "copy",
+    "shipping",
     "wire",
     "commit",
     "latency",
