@@ -51,13 +51,14 @@ class Reducer:
     def reduce(self, frame: Frame) -> bytes | None:
         """The payload of a REDUCED frame that stands for this one, or None: it goes as it is."""
         self._staged += frame.payload.nbytes
-        reduced = None
-        if frame.kind is Kind.PAGES:
-            started = self._clock()
+        reduced, started = None, self._clock()
+        if self.plan.skip:
+            pass  # the history is empty: distrust() came before, and nothing has been looked at since
+        elif frame.kind is Kind.PAGES:
             reduced = self._pages(frame)
-            self._spent += self._clock() - started
         elif frame.kind in (Kind.ZERO, Kind.GONE):
             self._history.forget(frame.payload)
+        self._spent += self._clock() - started
         self._left += frame.payload.nbytes if reduced is None else len(reduced)
         return reduced
 
@@ -68,6 +69,11 @@ class Reducer:
     def distrust(self) -> None:
         """Nothing is known any more of what the standby holds."""
         self._history.clear()
+
+    def refused(self) -> None:
+        """A whole part is to be sent once more, as it is."""
+        self.distrust()
+        self.plan.refused()
 
     def close(self) -> None:
         self._history.close()

@@ -18,6 +18,7 @@ from checkpointd import faults
 from checkpointd.errors import CheckpointdError
 from checkpointd.wire.frames import NO_DIGEST, Header, Kind, PartEnd, check_digest, seal
 from checkpointd.wire.initiator import LinkTimeoutError
+from checkpointd.wire.messages import EVERYTHING
 
 from .events import Ship, ShipFailed, Shipped
 
@@ -175,6 +176,8 @@ class Shipper:
         again = ship.ranges is not None
         if again:
             self._distrust()
+            if ship.ranges == EVERYTHING and self._reducer is not None:
+                self._reducer.refused()
         elif self._reducer is not None:
             self._reducer.begin(final=ship.final)
         for sequence, frame in enumerate(job.frames):
@@ -188,6 +191,12 @@ class Shipper:
         self._send(
             seal(self._header(job, Kind.PART_END, len(job.frames)), end, job.session.key), end
         )
+        if self._released() and self._reducer is not None and not again:
+            self._reducer.sent(time.monotonic_ns() - started)
+        faults.point("ship.shipped")
+
+    def _released(self) -> bool:
+        """Once ZeroMQ has let go of the part; False: it had to be made to."""
         waited = 0.0
         while not self._link.wait_released(SLICE):
             waited += SLICE
@@ -195,10 +204,8 @@ class Shipper:
             if waited >= SEND_TIMEOUT:
                 # Only a new socket makes ZeroMQ let go; what it had not sent, the secondary will miss and say so.
                 self._link.abandon()
-                break
-        if self._reducer is not None and not again:
-            self._reducer.sent(time.monotonic_ns() - started)
-        faults.point("ship.shipped")
+                return False
+        return True
 
     def _ship_frame(self, job: _Job, frame: Frame, sequence: int, *, as_it_is: bool) -> None:
         length = frame.payload.nbytes

@@ -19,6 +19,7 @@ from .authority import Authority
 from .digests import DigestAnswer
 from .epochs import Acked, Arrived, EpochAssembler, Lacking, Load
 from .expander import NotHeldError
+from .foresight import Foresight
 from .jobs import Jobs, nothing
 from .replica import NoRoomError
 from .standby import Policy, Standby, State
@@ -149,7 +150,7 @@ class Driver:
         self._metrics.received(len(payload))
         result = self._assembler.frame(header, payload)
         if self._assembler.discarded != self._discarded:
-            # Before anything of the higher epoch touches the replica: see _admitted().
+            # Before a part of the higher epoch is acked: see _admitted().
             self._discarded = self._assembler.discarded
             self._release_loads()
             self.handle(ev.EpochGivenUp())
@@ -266,16 +267,13 @@ class Driver:
             self._digests.cancel()
             self._digests = None
         key = DigestKey(hello.digest_seed)
-
-        def foresee(epoch: int, content: Octets | Arrived) -> None:
-            self._replica_jobs.do(lambda: self._worker.foresee(session, epoch, content), nothing)
-
-        self._assembler = EpochAssembler(
-            hello.info.nr_pfns,
-            key,
-            self._around.budget,
-            first_epoch=hello.first_epoch,
-            foresee=foresee,
+        self._assembler = assembler = EpochAssembler(
+            hello.info.nr_pfns, key, self._around.budget, first_epoch=hello.first_epoch
+        )
+        assembler.ahead = Foresight(
+            self._replica_jobs,
+            lambda epoch, content: self._worker.foresee(session, epoch, content),
+            lambda content: self._foreseen(assembler, content),
         )
         self._discarded = 0
         now = self._around.clock()
@@ -286,6 +284,11 @@ class Driver:
         self._authority_jobs.do(
             lambda: self._authority.begin(hello.info, address), self._fence_made
         )
+
+    @staticmethod
+    def _foreseen(assembler: EpochAssembler, content: Octets | Arrived) -> None:
+        if isinstance(content, Arrived) and content.record is not None:
+            assembler.expanded(content)
 
     def _fence_made(self, why: str) -> None:
         self._no_fence = why

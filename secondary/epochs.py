@@ -7,8 +7,8 @@ whole can be committed without anything left to go wrong.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 from checkpointd import native
 from checkpointd.errors import StreamError
@@ -18,8 +18,6 @@ from checkpointd.wire.messages import EVERYTHING, RANGES_MAX
 from checkpointd.wire.reduced import unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from checkpointd.wire.frames import Digester, Header, Octets
     from checkpointd.wire.reduced import Reduced
 
@@ -56,21 +54,23 @@ class Budget:
             self._used -= octets
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Arrived:
     """A frame that came reduced, and the record that it stands for once the replica's thread has made it."""
 
     reduced: Reduced
     record: Octets | None = None
+    freed: bool = False  # nothing is reserved for the reduced one any more
 
     @property
     def length(self) -> int:
+        """Octets of the record."""
         return self.reduced.length
 
     @property
-    def octets(self) -> int:
-        """Of both."""
-        return self.reduced.length + self.reduced.octets
+    def surplus(self) -> int:
+        """Octets that are reserved beside those."""
+        return 0 if self.freed else self.reduced.octets
 
 
 @dataclass(slots=True)
@@ -108,6 +108,24 @@ class Acked:
     final: bool
 
 
+class Ahead(Protocol):
+    """Hears of the frames of pages of the part in the making: what can be made ready for them need not wait."""
+
+    def frame(self, epoch: int, content: Octets | Arrived) -> None: ...
+
+    def over(self) -> None:
+        """The part is whole, or was thrown away."""
+        ...
+
+
+class _Nobody:
+    def frame(self, epoch: int, content: Octets | Arrived) -> None:
+        pass
+
+    def over(self) -> None:
+        pass
+
+
 class EpochAssembler:
     """The parts of one session's epochs, one part at a time.
 
@@ -124,12 +142,9 @@ class EpochAssembler:
         budget: Budget,
         *,
         first_epoch: int,
-        foresee: Callable[[int, Octets | Arrived], None] = lambda epoch, content: None,
     ) -> None:
-        """Epochs below `first_epoch` are none of this session's. `foresee` hears of each frame of pages that is kept,
-        and of which epoch it is: what can be made ready for it need not wait until its part is whole.
-        """
-        self._foresee = foresee
+        """Epochs below `first_epoch` are none of this session's."""
+        self.ahead: Ahead = _Nobody()
         self._nr_pfns = nr_pfns
         self._key = key
         self._budget = budget
@@ -196,8 +211,17 @@ class EpochAssembler:
         else:
             self._part = part + 1
 
+    def expanded(self, arrived: Arrived) -> None:
+        """Its record is made: what it came as is not needed any more."""
+        if any(arrived is content for _, content in self._frames.values()):
+            self._budget.give_back(arrived.surplus)
+            self._taken -= arrived.surplus
+            arrived.freed = True
+            arrived.reduced = replace(arrived.reduced, body=b"")
+
     def restart_part(self) -> None:
         """Throw away what there is of the part in the making; earlier parts of its epoch stay acked."""
+        self.ahead.over()
         self._budget.give_back(self._taken)
         self._frames = {}
         self._end = None
@@ -237,7 +261,7 @@ class EpochAssembler:
         self._size += size
         self._frames[header.sequence] = (header.kind, content)
         if header.kind in (Kind.PAGES, Kind.REDUCED):
-            self._foresee(header.epoch, content)
+            self.ahead.frame(header.epoch, content)
 
     def _check(self, kind: Kind, payload: Octets) -> None:
         """All of it but REDUCED, of which only what it stands for can be checked (expander.py)."""
@@ -274,13 +298,14 @@ class EpochAssembler:
         octets = sum(_length(content) for _, content in self._frames.values())
         if octets != end.octets:
             raise FrameError("octets", f"is {end.octets}, but {octets} came")
+        self.ahead.over()
         load = Load(self._epoch, self._part, end.final, self._taken)
         context, audit = [], []
         for sequence in range(end.frames):
             kind, payload = self._frames[sequence]
             if isinstance(payload, Arrived):
                 load.reduced.append(payload)
-                load.surplus += _cost(payload) - _length(payload)
+                load.surplus += payload.surplus
                 continue
             match kind:
                 case Kind.PAGES:
@@ -330,7 +355,7 @@ def _length(content: Octets | Arrived) -> int:
 
 def _cost(content: Octets | Arrived) -> int:
     """Octets, until then."""
-    return content.octets if isinstance(content, Arrived) else len(content)
+    return _length(content) + (content.surplus if isinstance(content, Arrived) else 0)
 
 
 def _ends(header: Header) -> bool:

@@ -43,16 +43,17 @@ class Expander:
 
     def _record(
         self, reduced: Reduced, key: Digester, nr_pfns: int, image: Pages, overlay: Pages | None
-    ) -> bytearray:
+    ) -> Octets:
         try:
             body = self._codec.body(reduced)
         except FrameError as error:
             raise NotHeldError(str(error)) from error
+        record: Octets
         if reduced.changes:
             record = bytearray(reduced.length)
             fault = native.expand(body, record, nr_pfns, image, overlay)
         else:
-            record = bytearray(body)
+            record = body
             fault = native.check_record(record, nr_pfns)
         if fault is not None:
             raise NotHeldError(f"a reduced frame: {fault}")

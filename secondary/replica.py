@@ -201,16 +201,22 @@ class Replica:
         self.epoch, self.context = epoch, context
         self.state = State.WHOLE
 
-    def admit(self, load: Load, key: Digester) -> None:
-        """Make a whole part ready for its ack: afterwards its commit cannot fail. Raises NoRoomError, NotHeldError.
-
-        A live part is taken in, and its Load can be let go; a final one stays the caller's until
-        commit().
+    def expand(self, load: Load, key: Digester) -> None:
+        """Make pages of what came reduced of a whole part: first of all, for admit() changes what it is laid over.
+        Raises NotHeldError, and the load is worth nothing then.
         """
         self._begin_epoch(load.epoch)
         while load.reduced:
             load.pages.append(self._expand(load.reduced[-1], key))
             load.reduced.pop()
+
+    def admit(self, load: Load) -> None:
+        """Make a whole part, expanded, ready for its ack: afterwards its commit cannot fail. Raises NoRoomError.
+
+        A live part is taken in, and its Load can be let go; a final one stays the caller's until
+        commit().
+        """
+        self._begin_epoch(load.epoch)
         self._reserve(_words_with_memory(load))
         self._touch()
         if load.final:
@@ -223,8 +229,8 @@ class Replica:
         self._overlay.take(load)
 
     def foresee(self, epoch: int, content: Octets | Arrived, key: Digester) -> None:
-        """A frame of pages whose part is not whole yet: what admit() will need of it is done now, as far as it goes.
-        What fails will fail there again, and is told then.
+        """A frame of pages whose part is not whole yet: what expand() and admit() will do for it is done now, as far as
+        it goes. What fails will fail again then, and is told.
         """
         self._begin_epoch(epoch)
         with suppress(NoRoomError, NotHeldError):

@@ -94,13 +94,21 @@ class ReplicaWorker:
             self._replica.foresee(epoch, content, self._key)
 
     def admit(self, load: Load) -> None:
-        """See Replica.admit(). Raises NoRoomError, NotHeldError."""
+        """Expands the load and has the replica admit it. Raises NotHeldError; or NoRoomError, and then the same load
+        may come again.
+        """
         assert self._key is not None, "parts are of a session"
-        self._the_replica().admit(load, self._key)
-        done_with = load.surplus if load.final else load.octets
-        self._budget.give_back(done_with)
-        load.octets -= done_with
+        replica = self._the_replica()
+        replica.expand(load, self._key)
+        self._give_back(load, load.surplus)
         load.surplus = 0
+        replica.admit(load)
+        if not load.final:
+            self._give_back(load, load.octets)
+
+    def _give_back(self, load: Load, octets: int) -> None:
+        self._budget.give_back(octets)
+        load.octets -= octets
 
     def commit(self, load: Load) -> CommitDone | CommitFailed:
         replica, key = self._replica, self._key

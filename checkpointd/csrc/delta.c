@@ -18,10 +18,11 @@ static uint64_t word_at(const uint8_t *words, uint64_t i)
     return word;
 }
 
-/* Fibonacci hashing: neighbours fall on different sides of any `every`. */
-static bool looked_at(uint64_t pfn, uint32_t every)
+/* Whole sets of the history are looked at, or not: those that are have as many pages to keep as they would have if
+ * all were. Fibonacci hashing: neighbours fall on different sides of any `every`, and set 0 is always in. */
+static bool looked_at(const struct ck_history *history, uint64_t pfn, uint32_t every)
 {
-    return (pfn * UINT64_C(0x9e3779b97f4a7c15) >> 32) % every == 0;
+    return (pfn % history->nr_sets * UINT64_C(0x9e3779b97f4a7c15) >> 32) % every == 0;
 }
 
 /* One page; returns how many octets it takes at `out`, and whether they are its changes. */
@@ -69,7 +70,7 @@ uint64_t ck_reduce(struct ck_history *history, const uint8_t *record, uint32_t e
         uint64_t word = word_at(words, i), pfn = word & CK_PFN_MASK, octets;
         bool changes;
 
-        if (!ck_word_has_data(word) || !looked_at(pfn, every)) {
+        if (!ck_word_has_data(word) || !looked_at(history, pfn, every)) {
             ck_history_forget(history, pfn);
             page += ck_word_has_data(word) ? CK_PAGE_SIZE : 0;
             continue;

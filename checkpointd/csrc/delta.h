@@ -31,7 +31,7 @@ struct ck_reduction {
  * length; the history then has the pages as they are in the record. With `out` NULL it writes nothing
  * and returns 0, with all else the same.
  *
- * `every`, a power of two: only one pfn of so many is looked at, the others are forgotten, which tells
+ * `every`, a power of two: only one set of so many is looked at, the pfns of others are forgotten, which tells
  * at a small part of the cost what it would be to look at all; `out` is NULL then.
  */
 uint64_t ck_reduce(struct ck_history *history, const uint8_t *record, uint32_t every, uint8_t *out,

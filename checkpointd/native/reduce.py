@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from checkpointd.native.library import MAX_PFNS, ffi, lib
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from checkpointd._native import CData
     from checkpointd.native.bitmap import Bitmap
 
 
@@ -45,10 +47,24 @@ class History:
         self._memory = mmap.mmap(
             -1, lib.ck_history_size(sets), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
-        self._base = ffi.from_buffer("uint8_t[]", self._memory, require_writable=True)
+        try:
+            # A page of one set is 32 KiB from the next one's first: huge pages would take all of it for a few.
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel without huge pages
+                raise
+        self._base: CData | None = ffi.from_buffer(
+            "uint8_t[]", self._memory, require_writable=True
+        )
         self._history = ffi.new("struct ck_history *")
         lib.ck_history_init(self._history, self._base, sets)
         self._result = ffi.new("struct ck_reduction *")
+
+    @property
+    def _handle(self) -> CData:
+        if self._base is None:
+            raise ValueError("this History is closed")
+        return self._history
 
     def reduce(
         self, record: ReadableBuffer, out: WriteableBuffer | None = None, *, every: int = 1
@@ -67,23 +83,25 @@ class History:
             target = ffi.from_buffer("uint8_t[]", out, require_writable=True)
             if every != 1 or len(target) < lib.ck_body_size(len(source)):
                 raise ValueError(f"{len(target)} octets for the body of a record of {len(source)}")
-        body = lib.ck_reduce(self._history, source, every, target, self._result)
+        body = lib.ck_reduce(self._handle, source, every, target, self._result)
         result = self._result
         return Reduction(result.seen, result.changes, result.octets, body)
 
     def forget(self, words: ReadableBuffer) -> None:
         """The standby will hold something else for these pfn words."""
         view = ffi.from_buffer("uint8_t[]", words)
-        lib.ck_history_forget_words(self._history, view, len(view) // 8)
+        lib.ck_history_forget_words(self._handle, view, len(view) // 8)
 
     def clear(self) -> None:
         """Nothing is known of what the standby holds."""
-        lib.ck_history_clear(self._history)
+        lib.ck_history_clear(self._handle)
 
     def close(self) -> None:
         """Free the memory; again is harmless."""
-        ffi.release(self._base)
-        self._memory.close()
+        if self._base is not None:
+            ffi.release(self._base)
+            self._base = None
+            self._memory.close()
 
 
 def expand(

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from checkpointd.wire.keys import KeyPair
     from checkpointd.wire.sockets import Context, Endpoint, Socket
 
-# Octets. Below this, copying costs less than the tracker of a message that is sent in place.
-ZERO_COPY_MIN: Final = 64 << 10
+# Octets. Below this, copying costs less than the tracker of a message that is sent in place. What is copied counts as
+# sent while it may still wait, BULK_WAITING of them at most: 128 KiB are not on their way for long.
+ZERO_COPY_MIN: Final = 8 << 10
 # Octets handed to libzmq and not yet encrypted: enough to keep its thread busy, small beside an
 # arena.
 IN_FLIGHT_MAX: Final = 16 << 20

@@ -389,7 +389,8 @@ def _commit_at_start(standby: Standby, guest: Guest) -> None:
             if isinstance(content, Arrived):
                 load.reduced.append(content)
         load.pages = [part for kind, part in frames if kind is Kind.PAGES]  # type: ignore[misc]
-        replica.admit(load, key)
+        replica.expand(load, key)
+        replica.admit(load)
         replica.commit(load, key)
         return start(paused=paused)
 

@@ -93,7 +93,7 @@ class Guest:
             for pfn in gone:
                 self.memory.pop(pfn, None)
             self.memory |= dict.fromkeys(zero, bytes(4096)) | data
-            self.replica.admit(load, KEY)
+            self.replica.admit(load)
         self.history[self.epoch] = dict(self.memory)
         assert self.replica.commit(load, KEY) == (0, ())
         return self.epoch

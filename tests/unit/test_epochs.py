@@ -15,6 +15,7 @@ from checkpointd.native import DigestKey
 from checkpointd.secondary.epochs import (
     FRAME_OVERHEAD,
     Acked,
+    Arrived,
     Budget,
     EpochAssembler,
     Lacking,
@@ -414,6 +415,55 @@ def test_where_memory_is_short_reduced_frames_are_asked_for_as_they_are() -> Non
     assert isinstance(load, Load)
     assert load.surplus == 0
     bench.close()
+
+
+def test_what_is_expanded_needs_no_memory_for_what_it_came_as(bench: Bench) -> None:
+    frames = reduced_part()
+    bench.feed(frames[0])
+    (content,) = (content for _, content in bench.assembler._frames.values())
+    assert isinstance(content, Arrived)
+    content.record = pages(1, 2)
+    bench.assembler.expanded(content)
+    assert bench.budget.used == len(pages(1, 2)) + FRAME_OVERHEAD
+    assert not len(content.reduced.body)
+    (load,) = bench.feed(*frames[1:])
+    assert isinstance(load, Load)
+    assert (load.surplus, load.reduced) == (0, [content])
+    bench.assembler.expanded(content)  # late: the load is its owner's
+    assert load.octets == bench.budget.used
+
+
+class Ahead:
+    def __init__(self) -> None:
+        self.waiting: list[object] = []
+
+    def frame(self, epoch: int, content: object) -> None:
+        self.waiting.append((epoch, content))
+
+    def over(self) -> None:
+        self.waiting.clear()
+
+
+def test_what_is_made_ready_ahead_is_frames_of_pages_that_are_kept(bench: Bench) -> None:
+    bench.assembler.ahead = ahead = Ahead()
+    frames = a_part()
+    bench.feed(*frames[:-1], frames[0])
+    assert ahead.waiting == [(1, payload) for header, payload in frames[:3]]
+    bench.feed(frames[-1])
+    assert ahead.waiting == []
+
+
+@pytest.mark.parametrize("how", ["restart", "higher epoch", "discard"])
+def test_nothing_that_was_thrown_away_waits_to_be_made_ready(bench: Bench, how: str) -> None:
+    bench.assembler.ahead = ahead = Ahead()
+    bench.feed(*a_part()[:2])
+    if how == "restart":
+        bench.assembler.restart_part()
+    elif how == "discard":
+        bench.assembler.discard()
+    else:
+        bench.feed(frame(Kind.ZERO, words(1), epoch=2))
+    assert ahead.waiting == []
 
 
 def test_a_part_that_is_too_large_is_refused_however_it_comes() -> None:

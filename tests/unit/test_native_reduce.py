@@ -192,6 +192,18 @@ def test_a_sample_tells_what_all_would_be() -> None:
     history.close()
 
 
+def test_a_sample_tells_so_of_more_pages_than_there_is_room_for() -> None:
+    """Swept over in turn, four times as many: none is known when it comes again, in the sample as in all."""
+    pages = {pfn: noise(pfn % 7) for pfn in range(1024)}
+    parts = [record({pfn: pages[pfn] for pfn in range(at, at + 256)}) for at in range(0, 1024, 256)]
+    for every in (1, 8):
+        history = History(room_for(32))
+        results = [history.reduce(part, every=every) for _ in range(4) for part in parts]
+        assert sum(result.seen for result in results) > 0
+        assert sum(result.changes for result in results) == 0
+        history.close()
+
+
 def test_a_sample_forgets_what_it_does_not_look_at(history: History) -> None:
     """Else a page that is sent beside the history would be taken for what it was before."""
     before = {pfn: noise(pfn) for pfn in range(64)}
@@ -212,6 +224,9 @@ def test_a_history_says_what_it_needs() -> None:
     with pytest.raises(ValueError, match="for the body of a record"):
         history.reduce(record({1: noise(1)}), bytearray(9000), every=2)
     history.close()
+    history.close()
+    with pytest.raises(ValueError, match="closed"):
+        history.clear()
 
 
 # ---------------------------------------------------------------- bodies that nobody sane would send

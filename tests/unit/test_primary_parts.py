@@ -22,6 +22,7 @@ from checkpointd.primary.watchdog import Watchdog
 from checkpointd.wire import frames
 from checkpointd.wire.frames import NO_DIGEST, Header, Kind, PartEnd
 from checkpointd.wire.initiator import LinkTimeoutError
+from checkpointd.wire.messages import EVERYTHING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -336,3 +337,96 @@ def test_the_watchdog_leaves_progress_alone() -> None:
 
 def test_digests_have_sixteen_octets() -> None:
     assert len(NO_DIGEST) == 16
+
+
+# -------------------------------------------------------------------- a shipper that reduces
+
+
+class Reduced:
+    """A reducer that makes one octet of each frame of pages, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def begin(self, *, final: bool) -> None:
+        self.told.append("begin")
+
+    def reduce(self, frame: Frame) -> bytes | None:
+        self.told.append("reduce")
+        return bytes(40) if frame.kind is Kind.PAGES else None
+
+    def sent(self, ns: int) -> None:
+        assert ns > 0
+        self.told.append("sent")
+
+    def distrust(self) -> None:
+        self.told.append("distrust")
+
+    def refused(self) -> None:
+        self.told.append("refused")
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+@pytest.fixture
+def reducing(bench: Bench) -> Reduced:
+    bench.shipper._reducer = reducer = Reduced()  # type: ignore[assignment]  # a fake
+    return reducer
+
+
+def large(bench: Bench) -> list[Frame]:
+    payloads = [b"a" * 800, b"b" * 80]
+    return [
+        Frame(kind, memoryview(payload), bench.session.key.digest(payload))
+        for kind, payload in zip((Kind.PAGES, Kind.ZERO), payloads, strict=True)
+    ]
+
+
+def test_a_reduced_part_counts_as_what_it_stands_for(bench: Bench, reducing: Reduced) -> None:
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), large(bench))
+    assert bench.reports.get(timeout=PATIENCE) == Shipped(5, 0)
+    assert [(header.kind, len(payload)) for header, payload in bench.link.sent] == [
+        (Kind.REDUCED, 40),
+        (Kind.ZERO, 80),
+        (Kind.PART_END, 16),
+    ]
+    assert PartEnd.unpack(*bench.link.sent[-1]) == PartEnd(2, True, 880)
+    assert all(
+        bench.session.key.digest(payload) == header.digest for header, payload in bench.link.sent
+    )
+    assert (bench.staged, bench.octets) == (880 + 16, 120 + 16)
+    assert reducing.told == ["begin", "reduce", "reduce", "sent"]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "told"),
+    [(((0, 0),), ["distrust"]), (EVERYTHING, ["distrust", "refused"])],
+    ids=["a frame", "all"],
+)
+def test_what_is_shipped_again_goes_as_it_is(
+    bench: Bench, reducing: Reduced, ranges: tuple[tuple[int, int], ...], told: list[str]
+) -> None:
+    """And what is known of what the standby holds is so no more."""
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True, ranges=ranges), large(bench))
+    assert bench.reports.get(timeout=PATIENCE) == Shipped(5, 0)
+    assert bench.link.sent[0][0].kind is Kind.PAGES
+    assert reducing.told == told
+
+
+def test_an_abandoned_part_is_forgotten(bench: Bench, reducing: Reduced) -> None:
+    bench.link.free.clear()
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), large(bench))
+    assert bench.link.waiting.wait(PATIENCE)
+    assert bench.shipper.abandon(PATIENCE)
+    assert reducing.told == ["begin", "reduce", "reduce", "distrust"]
+
+
+def test_a_part_that_zeromq_had_to_be_made_to_let_go_of_teaches_nothing(
+    bench: Bench, reducing: Reduced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipping, "SEND_TIMEOUT", 0.0)
+    bench.link.free.clear()
+    bench.shipper.ship(bench.session, Ship(0, 5, 0, final=True), large(bench))
+    assert bench.reports.get(timeout=PATIENCE) == Shipped(5, 0)
+    assert reducing.told == ["begin", "reduce", "reduce"]

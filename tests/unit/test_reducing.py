@@ -223,7 +223,7 @@ class Machine:
             out += share
         if plan.as_it_is:
             out = self.octets
-        plan.sent(self.octets, round(out), round(out * self.wire))
+        plan.sent(self.octets, round(out), max(1, round(out * self.wire)))
         return out / self.octets
 
 
@@ -317,14 +317,82 @@ def test_a_wire_that_has_become_faster_is_noticed() -> None:
 
 
 def test_nothing_flaps_where_gain_and_cost_are_even() -> None:
-    machine = Machine(ENCRYPTED, changes_left=0.79)  # costs 0.8, saves 0.84
-    plan = settled(machine)
+    """Costs 0.8, saves 0.8 on average, each time a little more or less."""
+    rng = random.Random(1)
+    plan = settled(Machine(ENCRYPTED, changes_left=0.8))
     changes, before = 0, plan.every
     for _ in range(1000):
-        machine.part(plan)
+        Machine(ENCRYPTED, changes_left=rng.uniform(0.76, 0.84)).part(plan)
         changes += plan.every != before
         before = plan.every
-    assert changes == 0
+    assert changes <= 1
+
+
+@pytest.mark.parametrize("stalls", [1, 3])
+def test_a_link_that_stood_still_once_has_not_become_slow(stalls: int) -> None:
+    machine = Machine(ENCRYPTED, codec_left=0.4)
+    plan = settled(machine)
+    assert not plan.compress
+    for _ in range(stalls):
+        Machine(ENCRYPTED * 90, codec_left=0.4).part(plan)
+    outs = [machine.part(plan) for _ in range(400)]
+    assert min(outs[300:]) > 0.9
+
+
+def test_epochs_without_pages_teach_nothing_and_hide_nothing() -> None:
+    """One in ten has nothing but a context."""
+    plan = settled(Machine(ENCRYPTED, changes_left=0.03))
+    fast = Machine(FAST, changes_left=0.03)
+    for part in range(20 * LEARN_EVERY):
+        if part % 10 == 0:
+            plan.begin(final=True)
+            plan.sent(500, 500, 100_000)
+        else:
+            fast.part(plan)
+    assert plan.every == SAMPLE
+
+
+def test_small_epochs_do_not_turn_off_what_bursts_gain_by() -> None:
+    """Looking at two pages takes as long as looking at fifty: the thread has to wake up."""
+    small = Machine(ENCRYPTED, changes_cost=10.0, changes_left=0.03, octets=8 << 10, frame=8 << 10)
+    burst = Machine(ENCRYPTED, changes_left=0.03)
+    plan = settled(burst)
+    for _ in range(100):
+        for _ in range(9):
+            small.part(plan)
+        assert burst.part(plan) < 0.05 or plan.as_it_is
+
+
+@pytest.mark.parametrize("plan", [Worth(), Always()], ids=["auto", "always"])
+def test_after_a_part_was_refused_nothing_is_reduced_for_a_while(plan: Worth | Always) -> None:
+    def skipped() -> int:
+        count = 0
+        while True:
+            plan.begin(final=True)
+            if not plan.skip:
+                return count
+            plan.sent(100, 100, 1)
+            count += 1
+
+    assert skipped() == 0
+    pauses = []
+    for _ in range(9):
+        plan.refused()
+        pauses.append(skipped())
+    assert pauses == [15, 31, 63, 127, 255, 511, 1023, 1023, 1023]
+
+
+def test_a_reducer_whose_part_was_refused_begins_anew(pair: Pair) -> None:
+    page = noise(1)
+    pair.part(pages_frame({3: page}))
+    pair.reducer.refused()
+    for _ in range(15):
+        pair.part(pages_frame({3: page}))
+        assert pair.octets > PAGE
+    pair.part(pages_frame({3: page}))
+    assert pair.octets > PAGE  # looked at, and not known yet
+    pair.part(pages_frame({3: page}))
+    assert pair.octets < 200
 
 
 def test_small_epochs_are_not_sent_as_they_are_in_order_to_learn_nothing() -> None:

@@ -84,7 +84,7 @@ def committed(folder: Path) -> Replica:
     replica = Replica(UUID, NR_PFNS, Budget(1 << 20), directory=folder)
     load = Load(8, 0, True, 0, context=b"registers")
     load.zero.append((5).to_bytes(8, "little"))
-    replica.admit(load, DigestKey(bytes(32)))
+    replica.admit(load)
     replica.commit(load, DigestKey(bytes(32)))
     return replica
 

@@ -107,12 +107,12 @@ def replica(request: pytest.FixtureRequest, tmp_path: Path, budget: Budget) -> I
 
 
 def commit(replica: Replica, part: Load) -> tuple[int, tuple[int, ...]]:
-    replica.admit(part, KEY)
+    replica.admit(part)
     return replica.commit(part, KEY)
 
 
 def test_the_first_copy_goes_straight_into_the_image(replica: Replica, budget: Budget) -> None:
-    replica.admit(load(1, 0, final=False, data={1: page(1), 699: page(2)}, zero=[3]), KEY)
+    replica.admit(load(1, 0, final=False, data={1: page(1), 699: page(2)}, zero=[3]))
     assert budget.used == 0
     assert replica.state is State.COPYING
     assert replica.has_pages
@@ -126,10 +126,10 @@ def test_live_parts_leave_the_committed_epoch_alone_until_theirs_is_whole(
 ) -> None:
     commit(replica, load(1, data={1: page(1), 2: page(2)}))
     before = contents(replica)
-    replica.admit(load(2, 0, final=False, data={1: page(3), 5: page(4)}, gone=[2]), KEY)
-    replica.admit(load(2, 1, final=False, data={2: page(6)}, gone=[5], zero=[7]), KEY)
+    replica.admit(load(2, 0, final=False, data={1: page(3), 5: page(4)}, gone=[2]))
+    replica.admit(load(2, 1, final=False, data={2: page(6)}, gone=[5], zero=[7]))
     last = load(2, 2, data={9: page(7)})
-    replica.admit(last, KEY)
+    replica.admit(last)
     assert budget.used > 0
     assert (replica.epoch, contents(replica)) == (1, before)
     replica.commit(last, KEY)
@@ -140,17 +140,17 @@ def test_live_parts_leave_the_committed_epoch_alone_until_theirs_is_whole(
 
 def test_an_epoch_that_was_given_up_leaves_no_trace(replica: Replica) -> None:
     commit(replica, load(1, data={1: page(1)}))
-    replica.admit(load(2, 0, final=False, data={1: page(2), 2: page(3)}), KEY)
+    replica.admit(load(2, 0, final=False, data={1: page(2), 2: page(3)}))
     commit(replica, load(3, data={4: page(4)}))
     assert contents(replica) == {1: page(1), 4: page(4)}
 
 
 def test_an_epoch_is_never_mixed_with_parts_of_another(replica: Replica) -> None:
     commit(replica, load(1, data={1: page(1)}))
-    replica.admit(load(2, 0, final=False, data={2: page(2)}), KEY)
+    replica.admit(load(2, 0, final=False, data={2: page(2)}))
     late = load(2, 1, data={3: page(3)})
-    replica.admit(late, KEY)
-    replica.admit(load(3, 0, final=False, data={4: page(4)}), KEY)
+    replica.admit(late)
+    replica.admit(load(3, 0, final=False, data={4: page(4)}))
     with pytest.raises(StateError, match="mixed with parts of epoch 3"):
         replica.commit(late, KEY)
     assert (replica.state, contents(replica)) == (State.WHOLE, {1: page(1)})
@@ -175,7 +175,7 @@ def test_any_epochs_leave_what_a_dict_says(seed: int) -> None:
             final = part == parts
             made = load(epoch, part, final=final, data=data, zero=zero, gone=gone)
             apply(making, data, zero, gone)
-            replica.admit(made, KEY)
+            replica.admit(made)
             if replica.state is State.WHOLE:
                 assert replica.epoch == last
         if dice.random() < 0.3 and replica.state is State.WHOLE:
@@ -217,17 +217,17 @@ def test_a_part_that_does_not_fit_beside_the_replica_is_refused_and_changes_noth
     budget = Budget(10 * 4096)
     replica = Replica(UUID, NR_PFNS, budget)
     commit(replica, load(1, data={1: page(1)}))
-    replica.admit(load(2, 0, final=False, data={2: page(2)}), KEY)
+    replica.admit(load(2, 0, final=False, data={2: page(2)}))
     used = budget.used
     big = load(2, 1, final=False, data={pfn: page(pfn) for pfn in range(20)})
     with pytest.raises(NoRoomError, match="--epoch-memory"):
-        replica.admit(big, KEY)
+        replica.admit(big)
     assert budget.used == used
     assert contents(replica) == {1: page(1)}
     replica.give_up_epoch()  # what the standby decides then
     assert budget.used == 0
     assert replica.state is State.COPYING
-    replica.admit(big, KEY)
+    replica.admit(big)
     commit(replica, load(2, 2, data={40: page(40)}))
     assert contents(replica) == {**{pfn: page(pfn) for pfn in range(20)}, 40: page(40)}
     replica.close()
@@ -236,7 +236,7 @@ def test_a_part_that_does_not_fit_beside_the_replica_is_refused_and_changes_noth
 def test_what_the_commit_writes_is_reserved_before_the_ack(replica: Replica) -> None:
     """After admit() a commit takes no more memory or disk: it overwrites what is there."""
     part = load(1, data={1: page(1), 600: page(2)}, zero=[690])
-    replica.admit(part, KEY)
+    replica.admit(part)
     taken = replica.octets
     assert taken >= 690 // 512 * 4096
     replica.commit(part, KEY)
@@ -267,7 +267,7 @@ def test_an_image_of_an_earlier_life_is_stale_before_it_is_touched(
     assert (second.state, second.epoch) == (State.COPYING, None)  # good for its digests only
     assert second.digests(KEY, 0, 64)[16:48] == KEY.digest(page(1)) + KEY.digest(page(2))
     part = load(9, data={2: page(3)}, gone=[pfn for pfn in range(NR_PFNS) if pfn not in (1, 2)])
-    second.admit(part, KEY)
+    second.admit(part)
     assert note(tmp_path)["state"] == "stale"
     second.commit(part, KEY)
     assert contents(second) == {1: page(1), 2: page(3)}  # page 1 was known, and not shipped
@@ -313,7 +313,7 @@ def test_only_a_whole_replica_is_started(replica: Replica) -> None:
     with pytest.raises(StateError, match="not one whole epoch"):
         restorer.start(info, replica, paused=False)
     part = load(1, data={0: page(1), 65: page(2)})
-    replica.admit(part, KEY)
+    replica.admit(part)
     faults.arm("secondary.mid-commit=fail")
     with pytest.raises(faults.InjectedFault):
         replica.commit(part, KEY)

@@ -64,7 +64,7 @@ def _take(domain: Standin, replica: Replica) -> float:
         pages=[*records], context=bytes(domain.arena.context),
     )  # fmt: skip
     began = time.monotonic_ns()
-    replica.admit(load, domain.key)
+    replica.admit(load)
     replica.commit(load, domain.key)
     taken = time.monotonic_ns() - began
     for record in records:  # else the arena could not be closed

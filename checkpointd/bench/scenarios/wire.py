@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ TEXT = "octets sent against octets staged, of the same epochs; and the rate of e
 SIZES = {Size.SMALL: ("16MiB", 200, 1, 10), Size.FULL: ("256MiB", 2_000, 6, 100)}
 INTERVAL = "100ms"
 RATE = 10  # rewrites of each page a second: one line of 64 octets, 8 words, in each epoch
-NOISE_RATE = 1_000  # 100 of its 64 lines in each epoch: all of a page, of octets without any order
+NOISE_RATE = 1_000  # each of its 64 lines in each epoch of INTERVAL: all of a page, of octets without any order
 NOISE_SHARE = 8  # of the pages of the others, for that many rewrites are more than a guest has time for
 FASTEST = "5ms"  # shorter than such an epoch takes to ship: the wire is what decides the rate
 # An OLTP-like load: keys by Zipf's law, values of a row's size, as many reads as writes. Answers are not waited for.
@@ -45,9 +46,9 @@ def run(size: Size, machine: Machine) -> Iterator[Figure]:
     few = pages // NOISE_SHARE
     with Guest(f"dirty:{few}@{NOISE_RATE}", memory) as guest:
         yield _reduced(f"{few:,} pages of noise", guest, turns, epochs, NOISE)
-        yield _rates(f"{few:,} pages of noise, epochs", guest, turns, epochs, SAME_RATE)
+        yield _rates(f"{few:,} pages, some lines of each, epochs", guest, turns, epochs, SAME_RATE)
     with Guest(f"dirty:{pages}@{RATE * 20}", memory) as guest:
-        yield _rates(f"{pages:,} pages, 8 words of each, epochs", guest, turns, epochs, SAME_RATE)
+        yield _rates(f"{pages:,} pages, few lines of each, epochs", guest, turns, epochs, SAME_RATE)
 
 
 def _reduced(what: str, guest: Guest, turns: int, epochs: int, goal: Goal) -> Figure:
@@ -93,13 +94,13 @@ def _rates(what: str, guest: Guest, turns: int, epochs: int, goal: Goal) -> Figu
 def _clients(transport: UdpTransport) -> Iterator[None]:
     """The load, from a thread of its own, until the block ends."""
     over = threading.Event()
-    thread = threading.Thread(target=_ask, args=(transport, over), name="clients")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    with ThreadPoolExecutor(1, "clients") as thread:
+        asking = thread.submit(_ask, transport, over)
+        try:
+            yield
+        finally:
+            over.set()
+        asking.result()  # raises what ended the load
 
 
 def _ask(transport: UdpTransport, over: threading.Event) -> None:

@@ -147,7 +147,7 @@ class Recorded:
                         load.context += octets
 
     def _commit(self, load: Load) -> None:
-        self.replica.admit(load, DigestKey(bytes(32)))
+        self.replica.admit(load)
         self.replica.commit(load, DigestKey(bytes(32)))
         self.restorer.committed(self.replica)
 
