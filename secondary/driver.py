@@ -17,7 +17,7 @@ from checkpointd.wire.frames import Header, Kind
 
 from .authority import Authority
 from .digests import DigestAnswer
-from .epochs import Acked, Arrived, EpochAssembler, Lacking, Load
+from .epochs import Acked, EpochAssembler, Lacking, Load
 from .expander import NotHeldError
 from .foresight import Foresight
 from .jobs import Jobs, nothing
@@ -273,7 +273,7 @@ class Driver:
         assembler.ahead = Foresight(
             self._replica_jobs,
             lambda epoch, content: self._worker.foresee(session, epoch, content),
-            lambda content: self._foreseen(assembler, content),
+            assembler.foreseen,
         )
         self._discarded = 0
         now = self._around.clock()
@@ -284,11 +284,6 @@ class Driver:
         self._authority_jobs.do(
             lambda: self._authority.begin(hello.info, address), self._fence_made
         )
-
-    @staticmethod
-    def _foreseen(assembler: EpochAssembler, content: Octets | Arrived) -> None:
-        if isinstance(content, Arrived) and content.record is not None:
-            assembler.expanded(content)
 
     def _fence_made(self, why: str) -> None:
         self._no_fence = why

@@ -211,13 +211,15 @@ class EpochAssembler:
         else:
             self._part = part + 1
 
-    def expanded(self, arrived: Arrived) -> None:
-        """Its record is made: what it came as is not needed any more."""
-        if any(arrived is content for _, content in self._frames.values()):
-            self._budget.give_back(arrived.surplus)
-            self._taken -= arrived.surplus
-            arrived.freed = True
-            arrived.reduced = replace(arrived.reduced, body=b"")
+    def foreseen(self, frame: Octets | Arrived) -> None:
+        """It was made ready ahead: once it has its record, what it came as is not needed any more."""
+        if not isinstance(frame, Arrived) or frame.record is None:
+            return
+        if any(frame is content for _, content in self._frames.values()):
+            self._budget.give_back(frame.surplus)
+            self._taken -= frame.surplus
+            frame.freed = True
+            frame.reduced = replace(frame.reduced, body=b"")
 
     def restart_part(self) -> None:
         """Throw away what there is of the part in the making; earlier parts of its epoch stay acked."""

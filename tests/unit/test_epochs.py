@@ -422,14 +422,17 @@ def test_what_is_expanded_needs_no_memory_for_what_it_came_as(bench: Bench) -> N
     bench.feed(frames[0])
     (content,) = (content for _, content in bench.assembler._frames.values())
     assert isinstance(content, Arrived)
+    before = bench.budget.used
+    bench.assembler.foreseen(content)  # it could not be expanded
+    assert bench.budget.used == before
     content.record = pages(1, 2)
-    bench.assembler.expanded(content)
+    bench.assembler.foreseen(content)
     assert bench.budget.used == len(pages(1, 2)) + FRAME_OVERHEAD
     assert not len(content.reduced.body)
     (load,) = bench.feed(*frames[1:])
     assert isinstance(load, Load)
     assert (load.surplus, load.reduced) == (0, [content])
-    bench.assembler.expanded(content)  # late: the load is its owner's
+    bench.assembler.foreseen(content)  # late: the load is its owner's
     assert load.octets == bench.budget.used
 
 
