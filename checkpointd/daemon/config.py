@@ -174,7 +174,7 @@ class PrimaryOptions(CommonOptions):
     )
     delta_history: int = setting(
         size("1MiB", "1TiB"),
-        "256MiB",
+        "64MiB",
         "memory for pages as the secondary has them, against which changes are found: taken as it is used",
     )
     zero_pages: bool = setting(switch(), "yes", "look for pages of zeros, and do not send them")

@@ -40,7 +40,7 @@ PAGES = 256  # of a frame
 PAGE = 4096
 FIRST = WARM + 4  # parts that do not count
 PATIENCE = 60.0  # s, for one part
-HISTORY = 256 << 20  # octets; --delta-history as it is by default
+HISTORY = 64 << 20  # octets; --delta-history as it is by default
 LIMITS = {
     "curve": ("CURVE alone", Goal(0.85, least=True)),
     "curve2": ("CURVE alone, two connections", None),
