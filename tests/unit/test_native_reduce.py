@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import random
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -266,6 +269,24 @@ def test_what_is_wrong_with_a_body_is_said(history: History) -> None:
     assert isinstance(held.expand(body, length - PAGE), str)
 
 
+@contextmanager
+def guarded(octets: bytes) -> Iterator[memoryview]:
+    """The octets right before memory that nobody may touch."""
+    pages = -(-len(octets) // PAGE)
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    with mmap.mmap(-1, (pages + 1) * PAGE) as memory:
+        guard = address_of(memory) + pages * PAGE
+        memory[pages * PAGE - len(octets) : pages * PAGE] = octets
+        assert mprotect(guard, PAGE, 0) == 0
+        with (
+            memoryview(memory) as view,
+            view[pages * PAGE - len(octets) : pages * PAGE] as end,
+        ):
+            yield end
+        assert mprotect(guard, PAGE, mmap.PROT_READ) == 0
+
+
 @given(data=st.data())
 @settings(deadline=None)
 def test_no_octets_harm_a_standby(data: st.DataObject) -> None:
@@ -283,7 +304,7 @@ def test_no_octets_harm_a_standby(data: st.DataObject) -> None:
     length = len(record(after))
     out = bytearray(length + 64)
     held = Held(before)
-    with memoryview(out) as view, view[:length] as room:
-        fault = expand(cut, room, NR_PFNS, (address_of(held.image), held.populated))
+    with memoryview(out) as view, view[:length] as room, guarded(cut) as end:
+        fault = expand(end, room, NR_PFNS, (address_of(held.image), held.populated))
     assert out[length:] == bytes(64)
     assert fault is not None or check_record(out[:length], NR_PFNS) is None

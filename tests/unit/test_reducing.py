@@ -173,12 +173,26 @@ def test_changes_of_a_page_that_is_not_there_are_refused(pair: Pair) -> None:
         pair.part(pages_frame({3: noise(1)}))
 
 
-@given(seed=st.integers(0, 1 << 30), auto=st.booleans())
+class Whims(Always):
+    """Decides by chance, from part to part."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self._rng = rng
+
+    def begin(self, *, final: bool) -> None:
+        super().begin(final=final)
+        self.every = self._rng.choice([1, 1, 2, SAMPLE])
+        self.compress = self._rng.random() < 0.5
+        self.as_it_is = self._rng.random() < 0.2
+
+
+@given(seed=st.integers(0, 1 << 30), whims=st.booleans())
 @settings(deadline=None)
-def test_whatever_is_sent_arrives(seed: int, auto: bool) -> None:
+def test_whatever_is_sent_arrives(seed: int, whims: bool) -> None:
     """Parts of every kind of page, through a history too small for them, parts going astray in between."""
     rng = random.Random(seed)
-    pair = Pair(Worth() if auto else Always())
+    pair = Pair(Whims(rng) if whims else Always())
     for _ in range(rng.randrange(2, 12)):
         pages = {}
         for pfn in rng.sample(range(NR_PFNS), rng.randrange(1, 20)):
@@ -189,7 +203,10 @@ def test_whatever_is_sent_arrives(seed: int, auto: bool) -> None:
         if rng.random() < 0.2:  # shipped and never acked: the standby has nothing of it
             pair.reducer.begin(final=True)
             pair.reducer.reduce(pages_frame({rng.randrange(NR_PFNS): noise(7)}))
-            pair.reducer.distrust()
+            if rng.random() < 0.1:
+                pair.reducer.refused()
+            else:
+                pair.reducer.distrust()
     pair.reducer.close()
 
 
