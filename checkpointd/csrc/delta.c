@@ -10,14 +10,6 @@
 
 #define WORD sizeof(uint64_t)
 
-static uint64_t word_at(const uint8_t *words, uint64_t i)
-{
-    uint64_t word;
-
-    memcpy(&word, words + i * WORD, WORD);
-    return word;
-}
-
 /* Whole sets of the history are looked at, or not: those that are have as many pages to keep as they would have if
  * all were. Fibonacci hashing: neighbours fall on different sides of any `every`, and set 0 is always in. */
 static bool looked_at(const struct ck_history *history, uint64_t pfn, uint32_t every)
@@ -67,7 +59,7 @@ uint64_t ck_reduce(struct ck_history *history, const uint8_t *record, uint32_t e
         memset(bits, 0, (count + 7) / 8);
     }
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t word = word_at(words, i), pfn = word & CK_PFN_MASK, octets;
+        uint64_t word = ck_word_at(words, i), pfn = word & CK_PFN_MASK, octets;
         bool changes;
 
         if (!ck_word_has_data(word) || !looked_at(history, pfn, every)) {
@@ -112,7 +104,7 @@ static bool apply(struct rest *rest, uint8_t *page)
 
     if (!lines)
         return false;
-    for (uint64_t left = word_at(lines, 0); left; left &= left - 1) {
+    for (uint64_t left = ck_word_at(lines, 0); left; left &= left - 1) {
         uint8_t *line = page + (uint64_t)__builtin_ctzll(left) * CK_LINE;
         const uint8_t *mask = take(rest, 1), *words;
 
@@ -155,7 +147,7 @@ enum ck_fault ck_expand(const struct ck_held *held, uint64_t nr_pfns, const uint
     memcpy(out, body, CK_RECORD_HEAD + count * WORD);
     out += CK_RECORD_HEAD + count * WORD;
     for (*at = 0; *at < count; ++*at) {
-        uint64_t word = word_at(words, *at);
+        uint64_t word = ck_word_at(words, *at);
         bool changes = bits[*at / 8] >> (*at % 8) & 1;
         const uint8_t *page;
 

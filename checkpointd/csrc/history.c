@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "hypervisor.h"
+#include "scatter.h"
 
 #define AGE_NEW 2u
 #define AGE_MAX 3u
@@ -87,12 +88,8 @@ void ck_history_forget(struct ck_history *h, uint64_t pfn)
 
 void ck_history_forget_words(struct ck_history *h, const uint8_t *words, uint64_t count)
 {
-    for (uint64_t i = 0; i < count; i++) {
-        uint64_t word;
-
-        memcpy(&word, words + i * sizeof word, sizeof word);
-        ck_history_forget(h, word & CK_PFN_MASK);
-    }
+    for (uint64_t i = 0; i < count; i++)
+        ck_history_forget(h, ck_word_at(words, i) & CK_PFN_MASK);
 }
 
 void ck_history_clear(struct ck_history *h)

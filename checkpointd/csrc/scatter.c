@@ -8,14 +8,6 @@
 #include "hypervisor.h"
 #include "kernel.h"
 
-static uint64_t word_at(const uint8_t *words, uint64_t i)
-{
-    uint64_t word;
-
-    memcpy(&word, words + i * sizeof word, sizeof word);
-    return word;
-}
-
 static bool has_none(uint64_t word)
 {
     return word >> CK_TYPE_SHIFT == CK_TYPE_BROKEN || word >> CK_TYPE_SHIFT == CK_TYPE_XTAB;
@@ -50,7 +42,7 @@ enum ck_fault ck_head_check(const uint8_t *head, uint64_t length, const uint8_t 
     if (fields[2] == 0 || fields[2] > (length - CK_RECORD_HEAD) / sizeof(uint64_t))
         return CK_FAULT_COUNT;
     for (; *at < fields[2]; ++*at) {
-        uint64_t word = word_at(words, *at);
+        uint64_t word = ck_word_at(words, *at);
 
         if ((fault = check_word(word, nr_pfns)) != CK_FAULT_NONE)
             return fault;
@@ -76,7 +68,7 @@ enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data
     enum ck_fault fault;
 
     for (*at = 0; *at < count; ++*at) {
-        uint64_t word = word_at(words, *at);
+        uint64_t word = ck_word_at(words, *at);
 
         if ((fault = check_word(word, nr_pfns)) != CK_FAULT_NONE)
             return fault;
@@ -89,14 +81,14 @@ enum ck_fault ck_words_check(const uint8_t *words, uint64_t count, int with_data
 void ck_mark(struct ck_bitmap *pfns, const uint8_t *words, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++)
-        ck_bit_set(pfns, word_at(words, i) & CK_PFN_MASK);
+        ck_bit_set(pfns, ck_word_at(words, i) & CK_PFN_MASK);
 }
 
 void ck_mark_extents(struct ck_bitmap *missing, const struct ck_bitmap *reserved,
                      const uint8_t *words, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
-        uint64_t word = word_at(words, i), extent = (word & CK_PFN_MASK) >> CK_EXTENT_SHIFT;
+        uint64_t word = ck_word_at(words, i), extent = (word & CK_PFN_MASK) >> CK_EXTENT_SHIFT;
 
         if (ck_word_has_data(word) && !ck_bit_test(reserved, extent))
             ck_bit_set(missing, extent);
@@ -119,7 +111,7 @@ void ck_scatter(uint8_t *image, struct ck_bitmap *populated, const uint8_t *reco
     memcpy(&count, record + 8, sizeof count);
     data = words + count * sizeof(uint64_t);
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t word = word_at(words, i), pfn = word & CK_PFN_MASK;
+        uint64_t word = ck_word_at(words, i), pfn = word & CK_PFN_MASK;
 
         if (ck_word_has_data(word)) {
             ck_kernel->copy_page(image + pfn * CK_PAGE_SIZE, data);
@@ -136,7 +128,7 @@ void ck_scatter(uint8_t *image, struct ck_bitmap *populated, const uint8_t *reco
 void ck_zero_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
-        uint64_t pfn = word_at(words, i) & CK_PFN_MASK;
+        uint64_t pfn = ck_word_at(words, i) & CK_PFN_MASK;
 
         zero_page(image, populated, pfn);
         ck_bit_set(populated, pfn);
@@ -146,7 +138,7 @@ void ck_zero_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *w
 void ck_drop_pages(uint8_t *image, struct ck_bitmap *populated, const uint8_t *words, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
-        uint64_t pfn = word_at(words, i) & CK_PFN_MASK;
+        uint64_t pfn = ck_word_at(words, i) & CK_PFN_MASK;
 
         zero_page(image, populated, pfn);
         ck_bit_clear(populated, pfn);

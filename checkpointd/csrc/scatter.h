@@ -12,6 +12,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "bitmap.h"
 #include "hypervisor.h"
@@ -30,6 +31,15 @@ enum ck_fault {
     CK_FAULT_DATA,     /* not as much page data as the types call for */
     CK_FAULT_BASE,     /* changes of a page that is not held */
 };
+
+/* The i-th of a list of pfn words, which may lie at any address. */
+static inline uint64_t ck_word_at(const uint8_t *words, uint64_t i)
+{
+    uint64_t word;
+
+    memcpy(&word, words + i * sizeof word, sizeof word);
+    return word;
+}
 
 /* Whether a page follows for this pfn word: 0x0-0x4 and 0x9-0xc carry data; 0x5-0x8 are reserved and 0xe (XALLOC)
  * is never sent. */

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import random
-import struct
 import time
 from contextlib import suppress
 from functools import partial
@@ -21,6 +20,9 @@ from checkpointd.primary.events import Ship, Shipped
 from checkpointd.primary.reducing import Reducer
 from checkpointd.primary.shipping import Session, Shipper
 from checkpointd.primary.worth import WARM, Worth
+from checkpointd.stream.bodies import page_data_head
+from checkpointd.stream.records import RecordType
+from checkpointd.stream.writer import record
 from checkpointd.wire.bulk import BulkLink
 from checkpointd.wire.frames import FrameError, Kind
 from checkpointd.wire.keys import KeyPair
@@ -73,9 +75,8 @@ def run(size: Size, machine: Machine) -> Iterator[Figure]:
 
 
 def _record(number: int, kind: int) -> bytes:
-    words = struct.pack(f"<{PAGES}Q", *range(number * PAGES, (number + 1) * PAGES))
-    data = random.Random(2 * number + kind).randbytes(PAGES * PAGE)
-    return struct.pack("<IIII", 1, 8 + len(words) + len(data), PAGES, 0) + words + data
+    head = page_data_head(range(number * PAGES, (number + 1) * PAGES))
+    return record(RecordType.PAGE_DATA, head + random.Random(2 * number + kind).randbytes(PAGES * PAGE))
 
 
 def _seconds(records: list[list[bytes]], parts: int, reducer: Reducer | None) -> float:
