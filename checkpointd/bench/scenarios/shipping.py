@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import random
+import struct
 import time
 from contextlib import suppress
 from functools import partial
@@ -20,9 +21,6 @@ from checkpointd.primary.events import Ship, Shipped
 from checkpointd.primary.reducing import Reducer
 from checkpointd.primary.shipping import Session, Shipper
 from checkpointd.primary.worth import WARM, Worth
-from checkpointd.stream.bodies import page_data_head
-from checkpointd.stream.records import RecordType
-from checkpointd.stream.writer import record
 from checkpointd.wire.bulk import BulkLink
 from checkpointd.wire.frames import FrameError, Kind
 from checkpointd.wire.keys import KeyPair
@@ -75,8 +73,9 @@ def run(size: Size, machine: Machine) -> Iterator[Figure]:
 
 
 def _record(number: int, kind: int) -> bytes:
-    head = page_data_head(range(number * PAGES, (number + 1) * PAGES))
-    return record(RecordType.PAGE_DATA, head + random.Random(2 * number + kind).randbytes(PAGES * PAGE))
+    words = struct.pack(f"<{PAGES}Q", *range(number * PAGES, (number + 1) * PAGES))
+    data = random.Random(2 * number + kind).randbytes(PAGES * PAGE)
+    return struct.pack("<IIII", 1, 8 + len(words) + len(data), PAGES, 0) + words + data
 
 
 def _seconds(records: list[list[bytes]], parts: int, reducer: Reducer | None) -> float:
