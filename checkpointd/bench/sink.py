@@ -1,8 +1,8 @@
 """The far end of a connection, a process that reads and forgets: `python -m checkpointd.bench.sink KIND OCTETS`.
 
 KIND is tcp, zmq (plain), curve (encrypted as ours is) or curve2, two such connections at once, each with an I/O thread
-of its own. It prints its port and, for curve, its public key; once it has had so many octets, in frames of SMALL or
-more, it says so on each connection, so that the near end knows what time they took.
+of its own. It prints its port and, for curve, its public key; once it has had so many octets
+it says so on each connection, so that the near end knows what time they took.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 FRAME = 1 << 20  # octets; as large as ours
 WAITING = 16  # frames that may wait in one direction, as on ours
-SMALL = 1 << 10  # octets: what ours says beside pages
 READY, DONE = b"ready", b"done"
 CONNECTIONS = {"zmq": 1, "curve": 1, "curve2": 2}
 
@@ -63,7 +62,7 @@ def _zmq(octets: int, *, encrypted: bool, io_threads: int) -> None:
         peers.add(peer.bytes)
         if len(frame) == len(READY) and frame.bytes == READY:
             router.send_multipart([peer, READY])
-        elif len(frame) >= SMALL:
+        else:
             octets -= len(frame)
     for one in peers:
         router.send_multipart([one, DONE])

@@ -39,6 +39,7 @@ SIZES = {Size.SMALL: (4, 2, 1), Size.FULL: (32, 32, 8)}
 PAGES = 256  # of a frame
 PAGE = 4096
 FIRST = WARM + 4  # parts that do not count
+PART_END = 16  # octets that end each part
 PATIENCE = 60.0  # s, for one part
 HISTORY = 64 << 20  # octets; --delta-history as it is by default
 LIMITS = {
@@ -91,7 +92,7 @@ def _seconds(records: list[list[bytes]], parts: int, reducer: Reducer | None) ->
     octets = parts * sum(map(len, records[0]))
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     contexts = Contexts.make()
-    with sink.process("curve", octets + FIRST * octets // parts) as (port, key):
+    with sink.process("curve", (FIRST + parts) * (octets // parts + PART_END)) as (port, key):
         link = BulkLink(
             contexts.bulk,
             Endpoint("127.0.0.1", key.encode(), bulk_port=port),
